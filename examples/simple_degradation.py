@@ -1,0 +1,77 @@
+"""A light random degradation of HR images: blur, x4 downsampling, Gaussian noise, JPEG.
+
+Stands alone (NumPy, SciPy, Pillow), so that an evaluation can make the very images that a model was trained for. All
+ranges are the constants below. It is lighter and simpler than the second-order pipeline of the published training.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image
+from scipy.ndimage import convolve1d, gaussian_filter
+
+
+SCALE = 4
+BLUR_SIGMA = (0.2, 3.0)  # HR pixels, log-uniform, drawn for each axis of an anisotropic kernel
+ANISOTROPIC_PROBABILITY = 0.5
+NOISE_SIGMA = (1.0, 20.0)  # grey levels of 255, uniform
+JPEG_QUALITY = (40, 95)  # inclusive
+KERNEL_RADIUS = 9  # three times the largest sigma
+
+
+def blur_kernel(sigma_x: float, sigma_y: float, angle: float) -> np.ndarray:
+    """Normalised Gaussian kernel with the given standard deviations along axes turned by `angle` radians."""
+    offsets = np.arange(-KERNEL_RADIUS, KERNEL_RADIUS + 1)
+    x, y = np.meshgrid(offsets, offsets)
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    kernel = np.exp(-0.5 * ((u / sigma_x) ** 2 + (v / sigma_y) ** 2))
+    return kernel / kernel.sum()
+
+
+def blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Blur a float image (height, width, 3) by a random Gaussian kernel, isotropic or not, with mirrored borders."""
+    low, high = np.log(BLUR_SIGMA)
+    sigma_x, sigma_y = np.exp(rng.uniform(low, high, size=2))
+    if rng.random() >= ANISOTROPIC_PROBABILITY:
+        return gaussian_filter(image, (sigma_x, sigma_x, 0), mode="mirror", radius=KERNEL_RADIUS)
+    # A sum of separable kernels (SVD) is several times faster than the two-dimensional convolution.
+    u, s, vt = np.linalg.svd(blur_kernel(sigma_x, sigma_y, rng.uniform(0, np.pi)))
+    result = np.zeros_like(image)
+    for k in range(int((s > 1e-3 * s[0]).sum())):
+        rows = convolve1d(image, (u[:, k] * s[k]).astype(image.dtype), axis=0, mode="mirror")
+        result += convolve1d(rows, vt[k].astype(image.dtype), axis=1, mode="mirror")
+    return result
+
+
+def degrade(hr: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """
+    Make the low-resolution version of an image.
+
+    Args:
+        hr (`np.ndarray`): RGB image of shape (height, width, 3), uint8, its sides multiples of `SCALE`.
+        rng (`np.random.Generator`): Source of every random choice: the same state gives the same result.
+
+    Returns:
+        `np.ndarray`: RGB image of shape (height // 4, width // 4, 3), uint8, after JPEG compression.
+
+    Raises:
+        ValueError: If the image is not an 8-bit RGB image, or a side is not a multiple of `SCALE`.
+    """
+    if hr.dtype != np.uint8 or hr.ndim != 3 or hr.shape[2] != 3 or hr.shape[0] % SCALE or hr.shape[1] % SCALE:
+        raise ValueError(
+            f"`hr` has to be a uint8 RGB array with sides that are multiples of {SCALE}, but it is {hr.dtype} of"
+            f" shape {hr.shape}."
+        )
+    height, width = hr.shape[0] // SCALE, hr.shape[1] // SCALE
+    image = blur(hr.astype(np.float32), rng)
+    if rng.random() < 0.5:
+        image = image.reshape(height, SCALE, width, SCALE, 3).mean(axis=(1, 3))
+    else:  # Pillow's bicubic is antialiased; mode "F" keeps the fractions
+        planes = [Image.fromarray(image[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(3)]
+        image = np.stack([np.asarray(plane) for plane in planes], axis=-1)
+    image = image + rng.normal(0, rng.uniform(*NOISE_SIGMA), size=image.shape)
+    image = Image.fromarray(np.clip(np.round(image), 0, 255).astype(np.uint8))
+
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=int(rng.integers(JPEG_QUALITY[0], JPEG_QUALITY[1] + 1)))
+    return np.asarray(Image.open(buffer).convert("RGB"))

@@ -1,0 +1,483 @@
+#!/usr/bin/env python
+"""
+Train a miniature InvSR model from nothing on a CPU: autoencoder, diffusion prior and noise predictor.
+
+    python train_tiny.py --kodak kodak/ --work work/ --output tiny-model/
+
+The stages run in the order of `STAGES`, each within its budget of minutes, and resume from their last checkpoint in
+`--work`. `autoencoder` and `prior` do not need each other and may run side by side (`--stage autoencoder`, ...).
+
+What differs from the published model, and why:
+
+- The autoencoder reduces by 4, not 8, so that latents have the resolution of the LR image and the predictor needs no
+  downsampling. Its encoder is not learned but a PCA of 4x4 patches: exact from the first second, where a learned
+  encoder would take most of the budget to get the colours right.
+- The prior is unconditional and learns only the noise levels that sampling visits (steps 1 to 260 of 1000).
+- The predictor is trained with L2 alone. Without perceptual and adversarial losses the results are faithful but smooth.
+
+Half of the training samples are crops of photographs 1 to 16 of the Kodak set, half are procedural (`procedural.py`).
+Kodak 17 to 24 are never read: they are left for measurement. Two of the sixteen are held back for validation.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from procedural import make_image
+from simple_degradation import SCALE, degrade
+
+from diffusers_invsr.noise_predictor import InvSRNoisePredictor
+
+
+STAGES = ("pool", "autoencoder", "prior", "predictor", "assemble")
+VALIDATION_PHOTOGRAPHS = (8, 15)  # of Kodak 1 to 16
+LATENT_CHANNELS = 16
+RAW_LATENT_GAIN = 0.35  # keeps the PCA latents inside the range that DecoderTiny's tanh(x / 3) passes almost unchanged
+STARTING_STEPS = (250, 200, 150, 100)  # as the paper counts, from 1
+PRIOR_STEPS = 260  # the prior learns schedule indices 0 to 259
+LR_SIZES = (32, 48)  # patch sides in LR (and latent) pixels; the larger ones keep GroupNorm's statistics honest
+LARGE_PATCH_PROBABILITY = 0.2
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a miniature InvSR model from nothing.")
+    parser.add_argument("--kodak", type=Path, required=True, help="Folder with kodim01.png to kodim16.png.")
+    parser.add_argument("--work", type=Path, required=True, help="Folder for the image pool, checkpoints and logs.")
+    parser.add_argument("--output", type=Path, required=True, help="Folder the finished pipeline is written to.")
+    parser.add_argument("--stage", choices=("all", *STAGES), default="all", help="Stage to run.")
+    parser.add_argument("--pool-size", type=int, default=1200, help="Number of procedural images.")
+    parser.add_argument("--minutes-autoencoder", type=float, default=14, help="Training time of the decoder.")
+    parser.add_argument("--minutes-prior", type=float, default=14, help="Training time of the diffusion prior.")
+    parser.add_argument("--minutes-predictor", type=float, default=70, help="Training time of the noise predictor.")
+    parser.add_argument("--batch-size", type=int, default=16, help="Samples an iteration (of the small patch size).")
+    parser.add_argument("--lr-autoencoder", type=float, default=2e-3, help="Peak learning rate of the decoder.")
+    parser.add_argument("--lr-prior", type=float, default=8e-4, help="Peak learning rate of the prior.")
+    parser.add_argument("--lr-predictor", type=float, default=8e-4, help="Peak learning rate of the predictor.")
+    parser.add_argument("--pixel-loss-from", type=float, default=0.55, help="Share of the predictor's time after which the pixel loss joins.")  # fmt: skip # noqa: E501
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="bf16 autocast or plain fp32.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Torch device.")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads of PyTorch.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of every random choice.")
+    args = parser.parse_args(argv)
+    if not args.kodak.is_dir():
+        parser.error(f"the folder {args.kodak} (--kodak) does not exist.")
+    missing = [n for n in range(1, 17) if not (args.kodak / f"kodim{n:02d}.png").is_file()]
+    if missing:
+        parser.error(f"the folder {args.kodak} lacks kodim{missing[0]:02d}.png; it needs kodim01.png to kodim16.png.")
+    return args
+
+
+# Files
+
+
+def save_atomically(obj: dict, path: Path) -> None:
+    """Save so that an interruption leaves the old file or the new one, never half of one."""
+    temporary = path.with_suffix(".tmp")
+    torch.save(obj, temporary)
+    os.replace(temporary, path)
+
+
+def load(args: argparse.Namespace, stage: str) -> dict:
+    path = args.work / f"{stage}.pt"
+    if not path.is_file():
+        raise SystemExit(f"{path} does not exist: run `--stage {stage}` first.")
+    return torch.load(path, map_location=args.device, weights_only=False)
+
+
+def log(args: argparse.Namespace, **record) -> None:
+    """Append one record to log-<stage>.jsonl (one file a stage: two stages may run side by side)."""
+    record = {key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()}
+    print(json.dumps(record), flush=True)
+    with open(args.work / f"log-{record['stage']}.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+# Data
+
+
+class Crops:
+    """Random crops: half from photographs, half from the procedural pool, in the eight orientations."""
+
+    def __init__(self, args: argparse.Namespace, seed: int):
+        photographs = {n: np.asarray(Image.open(args.kodak / f"kodim{n:02d}.png")) for n in range(1, 17)}
+        procedural = load(args, "pool")["images"]
+        self.validation = [photographs.pop(n) for n in VALIDATION_PHOTOGRAPHS] + list(procedural[-4:])
+        self.natural, self.procedural = list(photographs.values()), procedural[:-4]
+        self.device = args.device
+        self.rng = np.random.default_rng(seed)
+
+    def crop(self, size: int, natural: bool) -> np.ndarray:
+        source = self.natural if natural else self.procedural
+        image = source[self.rng.integers(len(source))]
+        y, x = (self.rng.integers(side - size + 1) for side in image.shape[:2])
+        image = np.rot90(image[y : y + size, x : x + size], self.rng.integers(4))
+        return np.ascontiguousarray(image[:, ::-1] if self.rng.random() < 0.5 else image)
+
+    def hr(self, batch_size: int, size: int) -> torch.Tensor:
+        """HR crops (batch, 3, size, size) in [0, 1]."""
+        return to_tensor([self.crop(size, i % 2 == 0) for i in range(batch_size)], self.device)
+
+    def pairs(self, batch_size: int, lr_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """LR and HR crops in [0, 1]."""
+        hr = [self.crop(SCALE * lr_size, i % 2 == 0) for i in range(batch_size)]
+        return to_tensor([degrade(image, self.rng) for image in hr], self.device), to_tensor(hr, self.device)
+
+    def draw_size(self, batch_size: int) -> tuple[int, int]:
+        """Batch size and LR patch side of one iteration, with the number of pixels about constant."""
+        side = LR_SIZES[int(self.rng.random() < LARGE_PATCH_PROBABILITY)]
+        return max(2, round(batch_size * (LR_SIZES[0] / side) ** 2)), side
+
+
+def to_tensor(images: list[np.ndarray], device: str) -> torch.Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(device).float() / 255
+
+
+def psnr(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Mean over the batch of the PSNR in dB, for values in [0, 1]."""
+    return (-10 * (x - y).square().flatten(1).mean(dim=1).log10()).mean().item()
+
+
+# Models
+
+
+def build_vae() -> AutoencoderTiny:
+    return AutoencoderTiny(
+        latent_channels=LATENT_CHANNELS,
+        encoder_block_out_channels=(48, 48, 48),
+        decoder_block_out_channels=(48, 48, 48),
+        num_encoder_blocks=(0, 0, 0),
+        num_decoder_blocks=(2, 2, 1),
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=LR_SIZES[0],
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(64, 96, 128),
+        down_block_types=("DownBlock2D",) * 3,
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=("UpBlock2D",) * 3,
+        layers_per_block=1,
+        cross_attention_dim=32,  # no block attends to text; the entry is only required
+    )
+
+
+def build_predictor() -> InvSRNoisePredictor:
+    return InvSRNoisePredictor(
+        down_block_types=["DownBlock2D"],
+        up_block_types=["UpBlock2D"],
+        block_out_channels=[96],
+        layers_per_block=[6],
+        latent_channels=LATENT_CHANNELS,
+        sample_size=LR_SIZES[0],
+        mid_block_add_attention=False,
+        temb_channels=256,
+        attention_head_dim=32,
+    )
+
+
+def alphas_cumprod(device: str) -> torch.Tensor:
+    """The cumulative products of 1 - beta of Stable Diffusion's "scaled_linear" schedule."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return (1 - betas).cumprod(0).float().to(device)
+
+
+def set_pca_encoder(vae: AutoencoderTiny, photographs: list[np.ndarray], procedural: np.ndarray) -> torch.Tensor:
+    """
+    Set the encoder to space-to-depth followed by a PCA of 4x4 RGB patches, and the scaling factor to match.
+
+    The encoder without blocks is linear: two strided convolutions, here with single taps that gather the 2x2
+    neighbourhoods, and an output convolution, here with the components in its central tap. A component of standard
+    deviation s is scaled by s**-1/2: halfway between the pixels' metric and whitening, so that noise of one level hides
+    fine components before coarse ones, as in any latent space, without the fine ones vanishing.
+
+    Returns:
+        `torch.Tensor`: The map from latents to patches, (channels, 48), for a loss in the metric of pixels.
+    """
+    patches = [
+        image[: image.shape[0] // 4 * 4, : image.shape[1] // 4 * 4].reshape(image.shape[0] // 4, 4, -1, 4, 3)
+        for image in [*photographs, *procedural]
+    ]
+    # Row order of the two gathering convolutions: (y1, x1) of the second, then (y0, x0) of the first, then RGB.
+    patches = [
+        p.reshape(len(p), 2, 2, -1, 2, 2, 3).transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, 48).astype(np.float64) / 255
+        for p in patches
+    ]
+    natural = np.concatenate(patches[: len(photographs)])
+    drawn = np.concatenate(patches[len(photographs) :])[:: max(1, len(procedural) // 64)]
+    mean = natural.mean(axis=0)
+    covariance = 0.75 * (natural - mean).T @ (natural - mean) / len(natural)
+    covariance += 0.25 * (drawn - mean).T @ (drawn - mean) / len(drawn)
+    variances, components = np.linalg.eigh(covariance)
+    order = np.argsort(-variances)[:LATENT_CHANNELS]
+    scales = RAW_LATENT_GAIN * variances[order] ** -0.25
+    projection = components[:, order].T * scales[:, None]
+    explained = ((natural - mean) @ components[:, order] @ components[:, order].T - (natural - mean)) ** 2
+    print(f"PCA ceiling: {-10 * np.log10(explained.mean()):.2f} dB; largest latent {np.abs((natural - mean) @ projection.T).max():.2f}")  # fmt: skip # noqa: E501
+
+    convolutions = [layer for layer in vae.encoder.layers if isinstance(layer, torch.nn.Conv2d)]
+    with torch.no_grad():
+        for convolution in convolutions:
+            convolution.weight.zero_()
+            if convolution.bias is not None:
+                convolution.bias.zero_()
+        for c in range(3):
+            convolutions[0].weight[c, c, 1, 1] = 1
+        # With stride 2 and padding 1, taps 1 and 2 of a 3x3 kernel see the pixels 2i and 2i + 1.
+        for convolution, width in zip(convolutions[1:3], (3, 12)):
+            for position in range(4):
+                for c in range(width):
+                    convolution.weight[position * width + c, c, 1 + position // 2, 1 + position % 2] = 1
+        convolutions[3].weight[:, :, 1, 1] = torch.from_numpy(projection).float()
+        convolutions[3].bias.copy_(torch.from_numpy(-projection @ mean))
+    scaling_factor = float(1 / ((natural - mean) @ projection.T).std())
+    vae.register_to_config(scaling_factor=scaling_factor)
+    return torch.from_numpy(components[:, order].T / scales[:, None] / scaling_factor).float()
+
+
+def load_vae(args: argparse.Namespace) -> tuple[AutoencoderTiny, torch.Tensor, bool]:
+    """The autoencoder with the PCA encoder, the latent-to-patch map, and whether the decoder has been trained."""
+    pool, vae = load(args, "pool"), build_vae()
+    vae.load_state_dict(pool["vae"])
+    vae.register_to_config(scaling_factor=pool["scaling_factor"])
+    trained = (args.work / "autoencoder.pt").is_file()
+    if trained:
+        vae.decoder.load_state_dict(load(args, "autoencoder")["ema_model"])
+    return vae.to(args.device).eval().requires_grad_(False), pool["latent_to_patch"].to(args.device), trained
+
+
+def load_frozen(args: argparse.Namespace, model: torch.nn.Module, stage: str) -> torch.nn.Module:
+    model.load_state_dict(load(args, stage)["ema_model"])
+    return model.to(args.device).eval().requires_grad_(False)
+
+
+# Training
+
+
+def train(args, stage, model, minutes, learning_rate, loss_function, validate) -> None:
+    """
+    Train `model` until its minutes are used up, over all runs together.
+
+    AdamW with a linear warm-up and a cosine decay over the *time* used: the rate is near zero when the time is up,
+    however fast the machine is. The weights that count are an exponential moving average.
+
+    Args:
+        loss_function (`Callable[[float], dict]`): From the share of the time used to the losses; "loss" is descended.
+        validate (`Callable[[], dict]`): Measures the model, which holds the averaged weights meanwhile.
+    """
+    model.to(args.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    ema = EMAModel(model.parameters(), decay=0.999)  # with the ramp min(0.999, (1 + i) / (10 + i))
+    iteration, seconds, path = 0, 0.0, args.work / f"{stage}.pt"
+    if path.is_file():
+        state = load(args, stage)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        iteration, seconds = state["iteration"], state["seconds"]
+    budget, last_time, last_save, sums, count = 60 * minutes, time.monotonic(), seconds, {}, 0
+
+    while seconds < budget:
+        share = seconds / budget
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min(1, (iteration + 1) / 200) * (0.01 + 0.495 * (1 + math.cos(math.pi * share)))
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
+            losses = loss_function(share)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        ema.step(model.parameters())
+        iteration, count = iteration + 1, count + 1
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+        now = time.monotonic()
+        seconds, last_time = seconds + now - last_time, now
+
+        if seconds - last_save > 120 or seconds >= budget:
+            raw_weights = {name: value.clone() for name, value in model.state_dict().items()}
+            ema.copy_to(model.parameters())
+            state = {"ema_model": {name: value.clone() for name, value in model.state_dict().items()}}
+            model.eval()
+            with torch.no_grad():
+                metrics = validate()
+            model.train().load_state_dict(raw_weights)
+            state |= {"model": raw_weights, "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}
+            save_atomically(state | {"iteration": iteration, "seconds": seconds}, path)
+            means = {name: value / count for name, value in sums.items()}
+            log(args, stage=stage, iteration=iteration, seconds=seconds, seed=args.seed, **means, **metrics)
+            last_save, sums, count = seconds, {}, 0
+
+
+def make_pool(args: argparse.Namespace) -> None:
+    """Draw the procedural images and set the encoder. Each image has its own seed: the pool never depends on order."""
+    if (args.work / "pool.pt").is_file():
+        return
+    start = time.monotonic()
+    images = np.stack([make_image(np.random.default_rng((args.seed, i))) for i in range(args.pool_size)])
+    torch.manual_seed(args.seed)
+    photographs = [np.asarray(Image.open(args.kodak / f"kodim{n:02d}.png")) for n in range(1, 17)]
+    vae = build_vae()
+    latent_to_patch = set_pca_encoder(vae, photographs, images)
+    state = {"images": images, "vae": vae.state_dict(), "scaling_factor": vae.config.scaling_factor}
+    save_atomically(state | {"latent_to_patch": latent_to_patch}, args.work / "pool.pt")
+    log(args, stage="pool", seconds=time.monotonic() - start, images=len(images), seed=args.seed)
+
+
+def train_autoencoder(args: argparse.Namespace) -> None:
+    """Train the decoder to invert the fixed encoder, with L1 and a little MSE (which punishes isolated errors)."""
+    vae, _, _ = load_vae(args)
+    decoder = vae.decoder.requires_grad_(True)
+    crops = Crops(args, args.seed + 1)
+    validation = to_tensor([image[:256, :256] for image in crops.validation], args.device)
+
+    def loss_function(share: float) -> dict[str, torch.Tensor]:
+        hr = crops.hr(args.batch_size, 64)
+        with torch.no_grad():
+            latents = vae.encode(2 * hr - 1).latents
+        error = (decoder(latents.contiguous(memory_format=torch.channels_last)).float() / 2 + 0.5) - hr
+        l1, mse = error.abs().mean(), error.square().mean()
+        return {"loss": l1 + 2 * mse, "l1": l1, "mse": mse}
+
+    def validate() -> dict[str, float]:
+        result = (decoder(vae.encode(2 * validation - 1).latents) / 2 + 0.5).clamp(0, 1)
+        return {"psnr_natural": psnr(result[:2], validation[:2]), "psnr_procedural": psnr(result[2:], validation[2:])}
+
+    decoder.to(memory_format=torch.channels_last)  # twice as fast for the decoder, slower for the UNet
+    train(args, "autoencoder", decoder, args.minutes_autoencoder, args.lr_autoencoder, loss_function, validate)
+
+
+def train_prior(args: argparse.Namespace) -> None:
+    """Train the diffusion model to predict the noise in scaled latents, at the noise levels that sampling visits."""
+    vae, _, _ = load_vae(args)
+    torch.manual_seed(args.seed + 2)
+    unet, crops, abar = build_unet(), Crops(args, args.seed + 2), alphas_cumprod(args.device)
+    held_back = to_tensor([image[:256, :256] for image in crops.validation], args.device)
+
+    def denoising_loss(hr: torch.Tensor, indices: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        latents = vae.config.scaling_factor * vae.encode(2 * hr - 1).latents.float()
+        level = abar[indices].view(-1, 1, 1, 1)
+        noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
+        return F.mse_loss(unet(noisy, indices, encoder_hidden_states=None).sample.float(), noise)
+
+    def noise_like(hr: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        shape = (len(hr), LATENT_CHANNELS, hr.shape[2] // SCALE, hr.shape[3] // SCALE)
+        return torch.randn(shape, generator=generator).to(args.device)
+
+    def loss_function(share: float) -> dict[str, torch.Tensor]:
+        batch_size, side = crops.draw_size(args.batch_size)
+        hr = crops.hr(batch_size, SCALE * side)
+        indices = torch.randint(0, PRIOR_STEPS, (batch_size,), device=args.device)
+        return {"loss": denoising_loss(hr, indices, noise_like(hr))}
+
+    def validate() -> dict[str, float]:
+        noise = noise_like(held_back, torch.Generator().manual_seed(0))
+        indices = {i: torch.full((len(held_back),), i, device=args.device) for i in (49, 99, 199, 249)}
+        return {f"loss_{i + 1}": denoising_loss(held_back, index, noise).item() for i, index in indices.items()}
+
+    train(args, "prior", unet, args.minutes_prior, args.lr_prior, loss_function, validate)
+
+
+def train_predictor(args: argparse.Namespace) -> None:
+    """Train the noise predictor through the frozen prior (section 3.2 of the paper): ẑ₀ against the HR latent."""
+    vae, latent_to_patch, decoder_is_trained = load_vae(args)
+    unet, abar = load_frozen(args, build_unet(), "prior"), alphas_cumprod(args.device)
+    if not decoder_is_trained:
+        raise SystemExit("The predictor's pixel loss needs a decoder: run `--stage autoencoder` first.")
+    torch.manual_seed(args.seed + 3)
+    predictor, crops = build_predictor(), Crops(args, args.seed + 3)
+    with torch.no_grad():
+        # Under L2 the best standard deviation is nearly zero. Starting at exp(-3) saves the time to unlearn one of 1.
+        predictor.encoder.conv_out.bias[LATENT_CHANNELS:] = -6.0
+        predictor.encoder.conv_out.weight.mul_(0.1)
+    rng = np.random.default_rng(args.seed)
+    held_back = to_tensor([image[y : y + 256, :256] for image in crops.validation for y in (0, image.shape[0] - 256)], args.device)  # fmt: skip # noqa: E501
+    held_back_lr = to_tensor(
+        [degrade((255 * x).round().byte().permute(1, 2, 0).cpu().numpy(), rng) for x in held_back], args.device
+    )
+
+    def one_step(lr: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """Scaled latents ẑ₀ of the one-step estimate that starts at `steps` (counted from 1)."""
+        noise = predictor(2 * lr - 1, steps - 1).latent_dist
+        noise = noise.mean.float() + noise.std.float() * torch.randn_like(noise.mean, dtype=torch.float32)
+        upscaled = F.interpolate(lr, scale_factor=SCALE, mode="bicubic", align_corners=False)
+        latents = vae.config.scaling_factor * vae.encode(2 * upscaled - 1).latents.float()
+        level = abar[steps - 1].view(-1, 1, 1, 1)
+        noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
+        epsilon = unet(noisy, steps - 1, encoder_hidden_states=None).sample.float()
+        return (noisy - (1 - level).sqrt() * epsilon) / level.sqrt()
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        latents = (latents / vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
+        return vae.decoder(latents).float() / 2 + 0.5
+
+    def loss_function(share: float) -> dict[str, torch.Tensor]:
+        batch_size, side = crops.draw_size(args.batch_size)
+        lr, hr = crops.pairs(batch_size, side)
+        steps = torch.tensor(STARTING_STEPS, device=args.device)[torch.randint(0, 4, (batch_size,), device=args.device)]
+        target = vae.config.scaling_factor * vae.encode(2 * hr - 1).latents.float()
+        estimate = one_step(lr, steps)
+        latent_l2 = F.mse_loss(estimate, target)
+        # The same error in the metric of pixels, which a linear encoder allows without decoding.
+        patch_l2 = torch.einsum("bchw,cp->bphw", (estimate - target).float(), latent_to_patch).square().mean()
+        losses = {"loss": 0.5 * latent_l2 + 40 * patch_l2, "latent_l2": latent_l2, "patch_l2": patch_l2}
+        if share >= args.pixel_loss_from:
+            half = batch_size // 2  # decoding costs as much as all the rest: half of the batch is enough
+            pixel_l1 = (decode(estimate[:half]) - hr[:half]).abs().mean()
+            losses |= {"loss": losses["loss"] + 2 * pixel_l1, "pixel_l1": pixel_l1}
+        return losses
+
+    def validate() -> dict[str, float]:
+        metrics = {}
+        for step in STARTING_STEPS:
+            result = decode(one_step(held_back_lr, torch.full((len(held_back),), step, device=args.device))).clamp(0, 1)
+            metrics |= {f"natural_{step}": psnr(result[:4], held_back[:4])}
+            metrics |= {f"procedural_{step}": psnr(result[4:], held_back[4:])}
+        bicubic = F.interpolate(held_back_lr, scale_factor=SCALE, mode="bicubic", align_corners=False).clamp(0, 1)
+        return {"natural_bicubic": psnr(bicubic[:4], held_back[:4]), "procedural_bicubic": psnr(bicubic[4:], held_back[4:])} | metrics  # fmt: skip # noqa: E501
+
+    vae.decoder.to(memory_format=torch.channels_last)
+    train(args, "predictor", predictor, args.minutes_predictor, args.lr_predictor, loss_function, validate)
+
+
+def assemble(args: argparse.Namespace) -> None:
+    """Write the averaged weights of the latest checkpoints as a pipeline, in half precision."""
+    from diffusers_invsr import InvSRPipeline, InvSRScheduler
+
+    vae, _, _ = load_vae(args)
+    pipeline = InvSRPipeline(
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=load_frozen(args, build_unet(), "prior"),
+        scheduler=InvSRScheduler(),
+        noise_predictor=load_frozen(args, build_predictor(), "predictor"),
+    )
+    pipeline.half().save_pretrained(args.output)
+    size = sum(file.stat().st_size for file in args.output.rglob("*.safetensors"))
+    log(args, stage="assemble", predictor_iteration=load(args, "predictor")["iteration"], megabytes=size / 1e6)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    functions = dict(zip(STAGES, (make_pool, train_autoencoder, train_prior, train_predictor, assemble)))
+    for stage in STAGES if args.stage == "all" else (args.stage,):
+        functions[stage](args)
+
+
+if __name__ == "__main__":
+    main()

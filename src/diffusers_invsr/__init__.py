@@ -1,0 +1,34 @@
+"""InvSR for diffusers: super-resolution by diffusion inversion, at any number of steps."""
+
+import sys
+from pathlib import Path
+
+import diffusers
+
+from .noise_predictor import InvSRNoisePredictor, InvSRNoisePredictorOutput
+from .pipeline_invsr import InvSRPipeline, InvSRPipelineOutput
+from .prompt_embeds import InvSRPromptEmbeds
+from .scheduling_invsr import InvSRScheduler
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "TINY",
+    "InvSRNoisePredictor",
+    "InvSRNoisePredictorOutput",
+    "InvSRPipeline",
+    "InvSRPipelineOutput",
+    "InvSRPromptEmbeds",
+    "InvSRScheduler",
+]
+
+TINY = str(Path(__file__).parent / "tiny")
+"""Folder of the small model that comes with the package, for `InvSRPipeline.from_pretrained`."""
+
+# What diffusers needs to find these classes by the names in a model_index.json: `["diffusers_invsr", "InvSRScheduler"]`.
+# It records a class's `__module__`, looks the library up in `diffusers.pipelines` and the pipeline in `diffusers`.
+for _class in (InvSRNoisePredictor, InvSRPipeline, InvSRPromptEmbeds, InvSRScheduler):
+    _class.__module__ = __name__
+diffusers.pipelines.diffusers_invsr = sys.modules[__name__]
+diffusers.InvSRPipeline = InvSRPipeline

@@ -1,0 +1,200 @@
+"""Images in and out: every kind of picture to RGB pixels, and results back to the kind that was asked for."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers.image_processor import PipelineImageInput
+from PIL import Image, ImageOps
+
+
+ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+GREY_MODES = ("1", "L", "LA", "La", "I", "F")
+ROWS_AT_ONCE = 256
+
+
+@dataclass
+class InputImage:
+    r"""
+    One image as the pipeline works on it.
+
+    Args:
+        pixels (`torch.Tensor`): RGB of shape `(3, height, width)`: uint8, or float32 in [0, 1]. On the CPU.
+        alpha (`PIL.Image.Image`, *optional*): Transparency, of mode "L" (8 bits) or "F" (in [0, 1]).
+        grey (`bool`): Whether the image had no colours.
+    """
+
+    pixels: torch.Tensor
+    alpha: Image.Image | None
+    grey: bool
+
+
+class InvSRImageProcessor:
+    """Reads what users pass as `image` and gives results in the type they ask for."""
+
+    def preprocess(self, image: PipelineImageInput) -> list[InputImage]:
+        r"""
+        Read images of any supported kind.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
+                PIL images of any mode, upright by their EXIF orientation; arrays `(H, W)`, `(H, W, C)` or
+                `(B, H, W, C)`; tensors `(H, W)`, `(C, H, W)` or `(B, C, H, W)`. C is 1 (grey), 2 (grey, alpha),
+                3 (RGB) or 4 (RGB, alpha). Floats are in [0, 1], integers fill their type's range.
+
+        Returns:
+            `list[InputImage]`: The images, one by one.
+
+        Raises:
+            ValueError: If an image is empty, thinner than 2 pixels, of an impossible shape, or has values out of range.
+            TypeError: If an image is of another type.
+        """
+        items = image if isinstance(image, (list, tuple)) else [image]
+        images = [parsed for item in items for parsed in self._read(item)]
+        if not images:
+            raise ValueError("`image` has to hold at least one image, but is empty.")
+        return images
+
+    def _read(self, image) -> list[InputImage]:
+        if isinstance(image, Image.Image):
+            return [self._read_pil(image)]
+        if isinstance(image, np.ndarray):
+            layouts = {2: "(H, W)", 3: "(H, W, C)", 4: "(B, H, W, C)"}
+            pixels = image
+        elif isinstance(image, torch.Tensor):
+            layouts = {2: "(H, W)", 3: "(C, H, W)", 4: "(B, C, H, W)"}
+            pixels = image.detach().cpu()
+            pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
+            pixels = np.moveaxis(pixels, -3, -1) if pixels.ndim > 2 else pixels
+        else:
+            raise TypeError(f"`image` has to be a PIL image, an array, a tensor or a list of them, not {type(image)}.")
+        if pixels.ndim not in layouts:
+            raise ValueError(f"`image` has to have a shape {' or '.join(layouts.values())}, but has {tuple(image.shape)}.")
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        pixels = pixels[None] if pixels.ndim == 3 else pixels
+        if pixels.shape[-1] not in (1, 2, 3, 4):
+            raise ValueError(
+                f"`image` has to have 1, 2, 3 or 4 channels in the layout {layouts[image.ndim]},"
+                f" but its shape is {tuple(image.shape)}."
+            )
+        return [self._split_channels(array) for array in pixels]
+
+    def _read_pil(self, image: Image.Image) -> InputImage:
+        self._check_size(image.height, image.width)
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ALPHA_MODES or "transparency" in image.info:
+            image = image.convert("LA" if image.mode in GREY_MODES else "RGBA")
+        elif image.mode.startswith("I;16"):
+            return self._split_channels(np.array(image)[..., None].astype(np.uint16))
+        elif image.mode == "I":  # 32 bits, but what Pillow reads into it are 16-bit files
+            values = np.array(image)
+            if values.min() < 0 or values.max() > 65535:
+                raise ValueError(
+                    "`image` of mode 'I' has to have values in 0 ... 65535, but has"
+                    f" {values.min()} ... {values.max()}."
+                )
+            return self._split_channels(values[..., None].astype(np.uint16))
+        elif image.mode == "1":
+            image = image.convert("L")
+        elif image.mode not in ("L", "F"):
+            image = image.convert("RGB")
+        pixels = np.array(image)
+        return self._split_channels(pixels[..., None] if pixels.ndim == 2 else pixels)
+
+    def _split_channels(self, pixels: np.ndarray) -> InputImage:
+        """An image `(H, W, C)` of any number type."""
+        height, width, channels = pixels.shape
+        self._check_size(height, width)
+        pixels = self._normalize(pixels)
+        alpha = None
+        if channels in (2, 4):
+            alpha = Image.fromarray(np.ascontiguousarray(pixels[..., -1]))
+            pixels = pixels[..., :-1]
+        grey = pixels.shape[-1] == 1
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        return InputImage(pixels=pixels.expand(3, -1, -1), alpha=alpha, grey=grey)
+
+    @staticmethod
+    def _check_size(height: int, width: int):
+        if height == 0 or width == 0:
+            raise ValueError(f"`image` has to have pixels, but is {height}x{width} (height x width).")
+        if height == 1 or width == 1:
+            raise ValueError(
+                f"`image` has to be at least 2 pixels high and wide, but is {height}x{width} (height x width)."
+            )
+
+    @staticmethod
+    def _normalize(pixels: np.ndarray) -> np.ndarray:
+        """Values as uint8, or as float32 in [0, 1]."""
+        if pixels.dtype == np.uint8:
+            return pixels
+        if pixels.dtype == bool:
+            return pixels.astype(np.float32)
+        if np.issubdtype(pixels.dtype, np.integer):
+            if pixels.min() < 0:
+                raise ValueError(f"`image` of integers has to have no negative values, but has {pixels.min()}.")
+            return (pixels / np.iinfo(pixels.dtype).max).astype(np.float32)
+        if not np.issubdtype(pixels.dtype, np.floating):
+            raise ValueError(f"`image` has to hold integers or floats, but holds {pixels.dtype}.")
+        if not np.isfinite(pixels).all():
+            raise ValueError("`image` has to hold finite values, but has NaN or infinity.")
+        if pixels.min() < 0 or pixels.max() > 1:
+            raise ValueError(
+                f"`image` of floats has to have values in [0, 1], but has {pixels.min():.4g} ... {pixels.max():.4g}."
+            )
+        return pixels.astype(np.float32)
+
+    def postprocess(
+        self, images: list[torch.Tensor], inputs: list[InputImage], output_type: str
+    ) -> list[Image.Image] | list | np.ndarray | torch.Tensor:
+        r"""
+        Give results in the type that was asked for, with the transparency of the inputs enlarged by Lanczos.
+
+        Args:
+            images (`list[torch.Tensor]`): A result `(batch, channels, height, width)` in [0, 1] for each run of
+                inputs of one size, in the order of `inputs`. Float32, on the CPU.
+            inputs (`list[InputImage]`): The inputs.
+            output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+
+        Returns:
+            A list of PIL images (grey where the input was); an array `(B, H, W, C)` or a tensor `(B, C, H, W)` in
+            [0, 1], with 4 channels where the inputs had transparency; latents as they are. Results of different shapes
+            come as a list of `(H, W, C)` or `(C, H, W)`.
+        """
+        if output_type == "pil":
+            results = [result for batch in images for result in batch]
+            return [self._to_pil(result, item) for result, item in zip(results, inputs)]
+        if output_type != "latent" and any(item.alpha for item in inputs):
+            results = [result for batch in images for result in batch]
+            images = [self._with_alpha(result, item.alpha)[None] for result, item in zip(results, inputs)]
+        if len({batch.shape[1:] for batch in images}) > 1:
+            results = [result for batch in images for result in batch]
+            return [result.permute(1, 2, 0).numpy() for result in results] if output_type == "np" else results
+        batch = images[0] if len(images) == 1 else torch.cat(images)
+        return batch.permute(0, 2, 3, 1).numpy() if output_type == "np" else batch
+
+    @staticmethod
+    def _with_alpha(result: torch.Tensor, alpha: Image.Image | None) -> torch.Tensor:
+        if alpha is None:
+            return result
+        height, width = result.shape[-2:]
+        values = np.array(alpha.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
+        values = torch.from_numpy(values / 255 if alpha.mode == "L" else values.clip(0, 1))
+        return torch.cat([result, values[None]])
+
+    @staticmethod
+    def _to_pil(result: torch.Tensor, item: InputImage) -> Image.Image:
+        height, width = result.shape[-2:]
+        pixels = np.empty((height, width, 3), dtype=np.uint8)
+        for start in range(0, height, ROWS_AT_ONCE):  # a float copy of the whole would double the memory
+            rows = (result[:, start : start + ROWS_AT_ONCE] * 255).round().byte()
+            pixels[start : start + ROWS_AT_ONCE] = rows.permute(1, 2, 0).numpy()
+        image = Image.fromarray(pixels)
+        if item.grey:
+            image = image.convert("L")
+        if item.alpha is not None:
+            alpha = item.alpha.resize(image.size, Image.Resampling.LANCZOS)
+            if alpha.mode == "F":
+                alpha = Image.fromarray((np.array(alpha).clip(0, 1) * 255).round().astype(np.uint8))
+            image.putalpha(alpha)
+        return image

@@ -1,0 +1,594 @@
+"""InvSR: super-resolution by diffusion inversion (https://arxiv.org/abs/2412.09013)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin, UNet2DConditionModel
+from diffusers.image_processor import PipelineImageInput
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.schedulers import DDIMScheduler
+from diffusers.utils import BaseOutput, logging
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .color_fix import COLOR_FIXES, apply_color_fix
+from .hub import HubMixin
+from .image_processor import InputImage, InvSRImageProcessor
+from .prompt_embeds import InvSRPromptEmbeds
+from .tiling import TileBlender, TileGrid
+
+
+logger = logging.get_logger(__name__)
+
+# The fixed prompts of the published weights.
+PROMPT = (
+    "Cinematic, high-contrast, photo-realistic, 8k, ultra HD, meticulous detailing, hyper sharpness, perfect without"
+    " deformations"
+)
+NEGATIVE_PROMPT = (
+    "Low quality, blurring, jpeg artifacts, deformed, over-smooth, cartoon, noisy,painting, drawing, sketch,"
+    " oil painting"
+)
+MIN_SCALE, MAX_SCALE = 1, 8
+
+
+@dataclass
+class InvSRPipelineOutput(BaseOutput):
+    """
+    Output of [`InvSRPipeline`].
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            The enlarged images: PIL images, an array `(B, H, W, C)` or a tensor `(B, C, H, W)` in [0, 1]; a list of
+            arrays or tensors where their shapes differ. Latents for `output_type="latent"`.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+
+class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin):
+    r"""
+    Enlarges images with a frozen diffusion model that starts from the LR image plus a predicted noise map, as in
+    [Arbitrary-steps Image Super-resolution via Diffusion Inversion](https://arxiv.org/abs/2412.09013).
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for what every pipeline can do
+    (loading, saving, running on a device, offloading, ...).
+
+    Args:
+        vae ([`AutoencoderKL`] or [`AutoencoderTiny`]): Autoencoder between images and latents.
+        text_encoder ([`~transformers.CLIPTextModel`], *optional*): Text encoder of the diffusion model.
+        tokenizer ([`~transformers.CLIPTokenizer`], *optional*): Its tokenizer.
+        unet ([`UNet2DConditionModel`]): The frozen diffusion model.
+        scheduler ([`InvSRScheduler`]): The schedules and the steps between their points.
+        noise_predictor ([`InvSRNoisePredictor`]): Predicts the noise map of the starting step.
+        fixed_prompt ([`InvSRPromptEmbeds`], *optional*): Embeddings of the fixed prompts, in place of a text encoder.
+        scale (`int`, defaults to 4): The scale factor that the noise predictor was trained at.
+        tile_size (`int`, defaults to 128): Default side of a tile, in LR pixels at that scale.
+        prompt (`str`, *optional*): The fixed prompt; the published one by default.
+        negative_prompt (`str`, *optional*): The fixed negative prompt; the published one by default.
+    """
+
+    model_cpu_offload_seq = "text_encoder->noise_predictor->unet->vae"
+    _optional_components = ["text_encoder", "tokenizer", "fixed_prompt"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderTiny,
+        text_encoder: CLIPTextModel | None,
+        tokenizer: CLIPTokenizer | None,
+        unet: UNet2DConditionModel,
+        scheduler: DDIMScheduler,
+        noise_predictor: ModelMixin,
+        fixed_prompt: ModelMixin | None = None,
+        scale: int = 4,
+        tile_size: int = 128,
+        prompt: str = PROMPT,
+        negative_prompt: str = NEGATIVE_PROMPT,
+    ):
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            noise_predictor=noise_predictor,
+            fixed_prompt=fixed_prompt,
+        )
+        self.register_to_config(scale=scale, tile_size=tile_size, prompt=prompt, negative_prompt=negative_prompt)
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
+        self.image_processor = InvSRImageProcessor()
+        self._fixed_prompt_cache = {}
+
+    @property
+    def size_multiple(self) -> int:
+        """LR pixels by which a tile's side has to be divisible, for the VAE and the UNet's levels."""
+        unet_factor = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        return max(self.vae_scale_factor * unet_factor // self.config.scale, 1)
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the UNet attends to prompt embeddings."""
+        blocks = (*self.unet.config.down_block_types, self.unet.config.mid_block_type)
+        return any("CrossAttn" in str(block) for block in blocks)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def check_inputs(
+        self,
+        num_images: int,
+        num_steps: int,
+        scale: float | None,
+        target_size: tuple[int, int] | None,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        guidance_scale: float,
+        eta: float,
+        tile_size: int | None,
+        tile_overlap: int | None,
+        tile_batch_size: int,
+        color_fix: str | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ):
+        for name, value in (("num_steps", num_steps), ("tile_batch_size", tile_batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` has to be a positive integer, but is {value!r}.")
+        if scale is not None and target_size is not None:
+            raise ValueError(f"`scale={scale}` and `target_size={target_size}` cannot both be given.")
+        if scale is not None and not MIN_SCALE <= scale <= MAX_SCALE:
+            raise ValueError(f"`scale` has to be from {MIN_SCALE} to {MAX_SCALE}, but is {scale}.")
+        if target_size is not None and (len(target_size) != 2 or any(int(side) != side for side in target_size)):
+            raise ValueError(f"`target_size` has to be (height, width) in pixels, but is {target_size}.")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"`eta` has to be from 0 to 1, but is {eta}.")
+        if tile_size is not None:
+            multiple = self.size_multiple
+            if not isinstance(tile_size, int) or tile_size < 1 or tile_size % multiple:
+                raise ValueError(f"`tile_size` has to be a positive multiple of {multiple} or None, but is {tile_size!r}.")
+            if not isinstance(tile_overlap, int) or not 0 <= tile_overlap < tile_size:
+                raise ValueError(
+                    f"`tile_overlap` has to be from 0 to less than `tile_size={tile_size}`, but is {tile_overlap!r}."
+                )
+        if color_fix not in (None, *COLOR_FIXES):
+            raise ValueError(f"`color_fix` has to be None or one of {COLOR_FIXES}, but is {color_fix!r}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` has to be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+        if isinstance(generator, list) and len(generator) != num_images:
+            raise ValueError(f"`generator` has {len(generator)} generators for {num_images} images.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has to be among {self._callback_tensor_inputs}, but has"
+                f" {sorted(unknown)}."
+            )
+
+        for name, text, embeds in (
+            ("prompt", prompt, prompt_embeds),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds),
+        ):
+            if text is not None and embeds is not None:
+                raise ValueError(f"`{name}` and `{name}_embeds` cannot both be given.")
+            if text is not None and (self.text_encoder is None or self.tokenizer is None):
+                raise ValueError(f"`{name}={text!r}` cannot be used: this pipeline has no text encoder and tokenizer.")
+            if text is not None and not isinstance(text, str) and len(text) != num_images:
+                raise ValueError(f"`{name}` has to be a string or one for each of {num_images} images, but is {text!r}.")
+            if embeds is not None and embeds.shape[0] not in (1, num_images):
+                raise ValueError(
+                    f"`{name}_embeds` has to have 1 or {num_images} rows, but its shape is {tuple(embeds.shape)}."
+                )
+        if guidance_scale > 1 and not self.takes_text:
+            raise ValueError(f"`guidance_scale={guidance_scale}` cannot be used: this pipeline's UNet takes no text.")
+
+        # What the checkpoint's scale, the VAE and the noise predictor have to agree on (section 3.2)
+        latents_per_lr = self.config.scale / self.vae_scale_factor
+        reduction = 2 ** (len(self.noise_predictor.config.block_out_channels) - 1)
+        if latents_per_lr * reduction != 1:
+            raise ValueError(
+                f"`noise_predictor` reduces its input by {reduction}, but `scale={self.config.scale}` and a VAE that"
+                f" reduces by {self.vae_scale_factor} need {1 / latents_per_lr:g}."
+            )
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        r"""
+        Embed the prompts; where none are given, the fixed ones, which are embedded once a device and type.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): Prompt, for all images or one an image.
+            negative_prompt (`str` or `list[str]`, *optional*): What guidance leads away from.
+            prompt_embeds (`torch.Tensor`, *optional*): Embeddings to use instead of `prompt`.
+            negative_prompt_embeds (`torch.Tensor`, *optional*): Embeddings to use instead of `negative_prompt`.
+            device (`torch.device`, *optional*): Where to compute.
+
+        Returns:
+            `tuple[torch.Tensor | None, torch.Tensor | None]`: Both embeddings, of shape `(1 or batch, tokens, width)`;
+            `None` if the UNet takes no text.
+
+        Raises:
+            ValueError: If the UNet takes text and there is neither a text encoder nor embeddings.
+        """
+        if not self.takes_text:
+            return None, None
+        device = device or self._execution_device
+        embeds = []
+        for index, (text, given) in enumerate(((prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds))):
+            if given is None:
+                given = self._embed_fixed_prompts(device)[index] if text is None else self._embed(text, device)
+            embeds.append(given.to(device=device, dtype=self.unet.dtype))
+        return tuple(embeds)
+
+    def _embed_fixed_prompts(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.fixed_prompt is not None:
+            return self.fixed_prompt.prompt_embeds, self.fixed_prompt.negative_prompt_embeds
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError(
+                "`prompt_embeds` have to be given: this pipeline has neither a text encoder nor embeddings of its own."
+            )
+        # Adapters and new tokens change what the text encoder says.
+        key = (str(device), self.unet.dtype, id(self.text_encoder), len(self.tokenizer))
+        if getattr(self.text_encoder, "peft_config", None):
+            return self._embed(self.config.prompt, device), self._embed(self.config.negative_prompt, device)
+        if key not in self._fixed_prompt_cache:
+            prompts = (self.config.prompt, self.config.negative_prompt)
+            self._fixed_prompt_cache[key] = tuple(self._embed(prompt, device) for prompt in prompts)
+        return self._fixed_prompt_cache[key]
+
+    def _embed(self, text: str | list[str], device: torch.device) -> torch.Tensor:
+        text = self.maybe_convert_prompt([text] if isinstance(text, str) else list(text), self.tokenizer)
+        tokens = self.tokenizer(
+            text,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return self.text_encoder(tokens.input_ids.to(device))[0]
+
+    def drop_text_encoder(self):
+        """Replace text encoder and tokenizer by the embeddings of the fixed prompts (saves 1.4 GB in float32)."""
+        if self.text_encoder is None:
+            raise ValueError("This pipeline has no text encoder to drop.")
+        with torch.no_grad():
+            prompt_embeds, negative_prompt_embeds = self._embed_fixed_prompts(self._execution_device)
+        fixed_prompt = InvSRPromptEmbeds(*prompt_embeds.shape[1:]).to(prompt_embeds.device, prompt_embeds.dtype)
+        fixed_prompt.prompt_embeds.copy_(prompt_embeds)
+        fixed_prompt.negative_prompt_embeds.copy_(negative_prompt_embeds)
+        self.register_modules(fixed_prompt=fixed_prompt, text_encoder=None, tokenizer=None)
+        self._fixed_prompt_cache.clear()
+
+    def prepare_noise(
+        self, batch_size: int, height: int, width: int, num_maps: int, generator, device: torch.device
+    ) -> torch.Tensor:
+        r"""
+        Draw the Gaussian noise of one tile, in the order in which sampling uses it.
+
+        Args:
+            batch_size (`int`): Images.
+            height (`int`), width (`int`): Size of the tile in LR pixels.
+            num_maps (`int`): Maps to draw: the predictor's, the VAE posterior's, then one for each step if `eta > 0`.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): Source.
+            device (`torch.device`): Where the noise is needed.
+
+        Returns:
+            `torch.Tensor`: Noise of shape `(num_maps, batch_size, latent_channels, latent_height, latent_width)`.
+        """
+        side = self.config.scale / self.vae_scale_factor
+        shape = (batch_size, self.vae.config.latent_channels, int(height * side), int(width * side))
+        return torch.stack([randn_tensor(shape, generator=generator, device=device) for _ in range(num_maps)])
+
+    def encode_image(self, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        r"""
+        Latents of an image, drawn from the VAE's posterior: `z = c * (mean + std * noise)`.
+
+        Args:
+            image (`torch.Tensor`): Image of shape `(batch, 3, height, width)`, in [0, 1].
+            noise (`torch.Tensor`): Standard Gaussian noise, of the latents' shape.
+
+        Returns:
+            `torch.Tensor`: Latents in float32. An autoencoder without a posterior, such as `AutoencoderTiny`, ignores
+            the noise.
+        """
+        encoded = self.vae.encode((2 * image - 1).to(self.vae.dtype))
+        if hasattr(encoded, "latent_dist"):
+            latents = encoded.latent_dist.mean.float() + encoded.latent_dist.std.float() * noise
+        else:
+            latents = encoded.latents.float()
+        return self.vae.config.scaling_factor * latents
+
+    def prepare_latents(
+        self, lr: torch.Tensor, enlarged: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        r"""
+        The starting state: latents of the enlarged image plus predicted noise (section 3.2).
+
+        Args:
+            lr (`torch.Tensor`): LR image of shape `(batch, 3, h, w)`, in [0, 1]; what the noise predictor sees.
+            enlarged (`torch.Tensor`): The image at the target size; what the VAE sees.
+            timestep (`torch.Tensor`): Schedule index of the starting step, of shape `(1,)`.
+            noise (`torch.Tensor`): From [`~InvSRPipeline.prepare_noise`].
+
+        Returns:
+            `torch.Tensor`: Noisy latents at `timestep`, float32.
+        """
+        noise_dist = self.noise_predictor((2 * lr - 1).to(self.noise_predictor.dtype), timestep).latent_dist
+        noise_map = noise_dist.mean.float() + noise_dist.std.float() * noise[0]
+        latents = self.encode_image(enlarged, noise[1])
+        return self.scheduler.add_noise(latents, noise_map, timestep)
+
+    def decode_image(self, latents: torch.Tensor) -> torch.Tensor:
+        """Image in [0, 1], float32, of latents as the UNet knows them."""
+        image = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        return (image.float() / 2 + 0.5).clamp(0, 1)
+
+    def cut_into_tiles(
+        self,
+        images: list[InputImage],
+        scale: float | None,
+        target_size: tuple[int, int] | None,
+        tile_size: int | None,
+        tile_overlap: int | None,
+    ) -> TileGrid:
+        r"""
+        The tiles of images of one size. Arguments as in [`~InvSRPipeline.__call__`].
+
+        Raises:
+            ValueError: If `target_size` is not 1 to 8 times the images' size.
+        """
+        size = tuple(images[0].pixels.shape[-2:])
+        if target_size is None:
+            scale = self.config.scale if scale is None else scale
+            target_size = tuple(int(side * scale + 0.5) for side in size)
+        elif not all(MIN_SCALE * side <= target <= MAX_SCALE * side for side, target in zip(size, target_size)):
+            raise ValueError(
+                f"`target_size={tuple(target_size)}` has to be {MIN_SCALE} to {MAX_SCALE} times the height and width of"
+                f" the image, {size}."
+            )
+        pixels = torch.stack([image.pixels for image in images]) if len(images) > 1 else images[0].pixels[None]
+        target_size = tuple(int(side) for side in target_size)
+        return TileGrid(pixels, target_size, self.config.scale, tile_size, tile_overlap or 0, self.size_multiple)
+
+    def prepare_blender(self, grid: TileGrid, batch_size: int, output_type: str) -> TileBlender:
+        """Where the results of a grid's tiles are summed up: images at the target size, or latents with the padding."""
+        if output_type == "latent":
+            latents_per_lr = self.config.scale / self.vae_scale_factor
+            return TileBlender(grid, (batch_size, self.vae.config.latent_channels), latents_per_lr, crop=False)
+        return TileBlender(grid, (batch_size, 3), self.config.scale)
+
+    @staticmethod
+    def _repeat(embeds: torch.Tensor | None, run: slice, num_tiles: int) -> torch.Tensor | None:
+        """Embeddings `(1 or B, ...)` of all images for the images of a run, in each of its tiles."""
+        if embeds is None:
+            return None
+        embeds = embeds.expand(run.stop - run.start, -1, -1) if embeds.shape[0] == 1 else embeds[run]
+        return embeds.repeat(num_tiles, 1, 1)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: PipelineImageInput,
+        num_steps: int = 1,
+        start_timestep: int | None = None,
+        timesteps: list[int] | None = None,
+        scale: float | None = None,
+        target_size: tuple[int, int] | None = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        guidance_scale: float = 1.0,
+        eta: float = 0.0,
+        tile_size: int | str | None = "auto",
+        tile_overlap: int | None = None,
+        tile_batch_size: int = 1,
+        color_fix: str | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ) -> InvSRPipelineOutput | tuple:
+        r"""
+        Enlarge images.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
+                The LR images. PIL of any mode; arrays `(H, W)`, `(H, W, C)` or `(B, H, W, C)`; tensors `(C, H, W)` or
+                `(B, C, H, W)`; floats in [0, 1], integers by their type's range. Transparency is enlarged as well.
+            num_steps (`int`, defaults to 1):
+                Number of diffusion steps. The published schedules are [200], [200, 100], [200, 100, 50],
+                [200, 150, 100, 50] and [250, 200, 150, 100, 50]; more, up to 250, are spread evenly from 250.
+            start_timestep (`int`, *optional*): First step: 250, 200, 150 or 100 (counted from 1, as in the paper).
+            timesteps (`list[int]`, *optional*): The whole schedule instead: strictly descending, in 1 ... 250.
+            scale (`float`, *optional*): Enlargement, from 1 to 8; by default the checkpoint's own (4).
+            target_size (`tuple[int, int]`, *optional*): Height and width of the result, instead of `scale`.
+            prompt (`str` or `list[str]`, *optional*): Prompt in place of the fixed one.
+            negative_prompt (`str` or `list[str]`, *optional*): Negative prompt in place of the fixed one.
+            guidance_scale (`float`, defaults to 1.0): Classifier-free guidance if greater than 1.
+            eta (`float`, defaults to 0.0): Noise of the intermediate steps, from 0 (DDIM) to 1.
+            tile_size (`int`, *optional*, defaults to `"auto"`):
+                Side of a tile in LR pixels at the checkpoint's own scale; `"auto"` takes the pipeline's default,
+                `None` processes the image whole.
+            tile_overlap (`int`, *optional*):
+                LR pixels that neighbouring tiles share; by default a quarter of the tile. The published tiling is half
+                of it.
+            tile_batch_size (`int`, defaults to 1): Tiles that go through the networks at once.
+            color_fix (`str`, *optional*): `"wavelet"`, `"ycbcr"` or `"adain"`: take the colours from the LR image.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of randomness, or one for each image. The same seed gives the same image on the same device.
+            prompt_embeds (`torch.Tensor`, *optional*): Embeddings `(1 or B, tokens, width)` instead of `prompt`.
+            negative_prompt_embeds (`torch.Tensor`, *optional*): The same for the negative prompt.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"`, `"pt"`, or `"latent"` for the latents of the padded image.
+            return_dict (`bool`, defaults to `True`): Whether to return an [`InvSRPipelineOutput`].
+            callback_on_step_end (`Callable`, *optional*):
+                Called as `callback(pipeline, step_index, timestep, callback_kwargs)` after every step of every batch of
+                tiles; may return a dict with changed tensors. If it sets `pipeline._interrupt = True`, the remaining
+                steps and tiles are skipped; tiles that were not reached stay black.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                Tensors in `callback_kwargs`: `"latents"`, `"prompt_embeds"`, `"negative_prompt_embeds"`.
+
+        Returns:
+            [`InvSRPipelineOutput`] or a tuple with its `images`.
+
+        Raises:
+            ValueError: If an argument is out of range or contradicts another one.
+            TypeError: If `image` is of an unknown type.
+
+        Examples:
+
+        ```py
+        >>> from PIL import Image
+        >>> from diffusers_invsr import TINY, InvSRPipeline
+
+        >>> pipe = InvSRPipeline.from_pretrained(TINY)
+        >>> pipe(Image.open("photo.png"), num_steps=1).images[0].save("photo_x4.png")
+        ```
+        """
+        # 1. Check the arguments and read the images
+        inputs = self.image_processor.preprocess(image)
+        tile_size = self.config.tile_size if tile_size == "auto" else tile_size
+        if tile_overlap is None and isinstance(tile_size, int):
+            tile_overlap = tile_size // 4
+        self.check_inputs(
+            len(inputs),
+            num_steps,
+            scale,
+            target_size,
+            prompt,
+            negative_prompt,
+            guidance_scale,
+            eta,
+            tile_size,
+            tile_overlap,
+            tile_batch_size,
+            color_fix,
+            generator,
+            prompt_embeds,
+            negative_prompt_embeds,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        device = self._execution_device
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+
+        # 2. Choose the schedule. `num_steps` has a default, so 1 beside a list of steps is no contradiction.
+        self.scheduler.set_timesteps(
+            None if timesteps is not None and num_steps == 1 else num_steps,
+            start_timestep=start_timestep,
+            timesteps=timesteps,
+        )
+        indices = self.scheduler.timesteps
+        self._num_timesteps = len(indices)
+
+        # 3. Embed the prompts
+        all_prompt_embeds, all_negative_prompt_embeds = self.encode_prompt(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, device
+        )
+
+        # 4. Cut each run of images of one size into tiles
+        runs = []
+        for _, members in groupby(range(len(inputs)), key=lambda i: inputs[i].pixels.shape):
+            first, *_, last = [*members] * 2
+            run = slice(first, last + 1)
+            runs.append((run, self.cut_into_tiles(inputs[run], scale, target_size, tile_size, tile_overlap)))
+
+        results = []
+        progress_bar = self.progress_bar(total=len(indices) * sum(len(grid) for _, grid in runs))
+        for run, grid in runs:
+            batch_size = run.stop - run.start
+            blender = self.prepare_blender(grid, batch_size, output_type)
+            run_generator = generator[run] if isinstance(generator, list) else generator
+            corners = iter(grid)
+            while batch := list(islice(corners, tile_batch_size)):
+                lr, enlarged = (torch.cat(tiles).to(device) for tiles in zip(*(grid.cut(*corner) for corner in batch)))
+                prompt_embeds = self._repeat(all_prompt_embeds, run, len(batch))
+                negative_prompt_embeds = self._repeat(all_negative_prompt_embeds, run, len(batch))
+
+                # 5. Draw the noise tile by tile, so that the result does not depend on how tiles are batched
+                num_maps = 2 + (len(indices) - 1 if eta > 0 else 0)
+                noise = [
+                    self.prepare_noise(batch_size, *lr.shape[-2:], num_maps, run_generator, device) for _ in batch
+                ]
+                noise = torch.cat(noise, dim=1)
+
+                # 6. Start from the enlarged image's latents plus the predicted noise
+                latents = self.prepare_latents(lr, enlarged, indices[:1].to(device), noise)
+
+                # 7. Denoise
+                for i, index in enumerate(indices.tolist()):
+                    if self.interrupt:
+                        continue
+                    latents_input, embeds = latents.to(self.unet.dtype), prompt_embeds
+                    if self.do_classifier_free_guidance:
+                        latents_input = torch.cat([latents_input] * 2)
+                        embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+                    model_output = self.unet(latents_input, index, encoder_hidden_states=embeds).sample.float()
+                    if self.do_classifier_free_guidance:
+                        unconditional, conditional = model_output.chunk(2)
+                        model_output = unconditional + guidance_scale * (conditional - unconditional)
+                    variance_noise = noise[2 + i] if eta > 0 and i < len(indices) - 1 else None
+                    latents = self.scheduler.step(
+                        model_output, index, latents, eta, variance_noise=variance_noise
+                    ).prev_sample
+
+                    if callback_on_step_end is not None:
+                        callback_kwargs = {}
+                        for k in callback_on_step_end_tensor_inputs:
+                            callback_kwargs[k] = locals()[k]
+                        callback_outputs = callback_on_step_end(self, i, index, callback_kwargs) or {}
+                        latents = callback_outputs.pop("latents", latents)
+                        prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
+                        negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    progress_bar.update(len(batch))
+
+                # 8. Decode and blend
+                output = latents if output_type == "latent" else self.decode_image(latents)
+                for corner, tile in zip(batch, output.split(batch_size)):
+                    blender.add(tile, *corner)
+                if self.interrupt:
+                    break
+
+            result = blender.sum
+            if color_fix is not None and output_type != "latent":
+                result = apply_color_fix(result, grid.enlarged_rows, color_fix)
+            results.append(result)
+        progress_bar.close()
+
+        # 9. Give the images in the type that was asked for
+        images = self.image_processor.postprocess(results, inputs, output_type)
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images,)
+        return InvSRPipelineOutput(images=images)

@@ -1,0 +1,237 @@
+"""Tiles of an image: where they lie, what they show, and how their results are blended."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+
+def cubic_kernel(x: torch.Tensor, a: float) -> torch.Tensor:
+    """Keys' cubic convolution kernel with parameter `a` (-0.75 is PyTorch's plain bicubic, -0.5 its antialiased one)."""
+    x = x.abs()
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def cubic_interpolate(
+    image: torch.Tensor, positions: torch.Tensor, dim: int, a: float, stretch: float = 1.0, truncate: bool = False
+) -> torch.Tensor:
+    r"""
+    Bicubic interpolation along one axis at any positions, so that a part of a large enlargement can be had without
+    the whole of it.
+
+    Args:
+        image (`torch.Tensor`): Float image.
+        positions (`torch.Tensor`): Sampling positions of shape `(n,)`, in pixels from the centre of the first one.
+        dim (`int`): Axis.
+        a (`float`): Parameter of [`cubic_kernel`].
+        stretch (`float`, defaults to 1.0): Widening of the kernel; the shrinking factor where the image is shrunk.
+        truncate (`bool`, defaults to `False`):
+            Whether weights beyond the border are dropped (as antialiased interpolation does) rather than given to the
+            border pixel.
+
+    Returns:
+        `torch.Tensor`: The image with `n` pixels along `dim`.
+    """
+    length = image.shape[dim]
+    num_taps = int(4 * stretch) + 2
+    first = (positions - 2 * stretch).floor()
+    taps = first[:, None] + torch.arange(num_taps)
+    weights = cubic_kernel((taps - positions[:, None]) / stretch, a)
+    if truncate:
+        weights = weights * ((taps >= 0) & (taps < length))
+    weights = (weights / weights.sum(dim=1, keepdim=True)).to(image.dtype)
+    indices = taps.long().clamp(0, length - 1)
+
+    shape = [1] * image.ndim
+    shape[dim] = -1
+    result = 0
+    for index, weight in zip(indices.T, weights.T):
+        result = result + image.index_select(dim, index) * weight.reshape(shape)
+    return result
+
+
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels of 8 bits as float32 in [0, 1]; floats as they are."""
+    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+
+
+def gaussian_window(size: int) -> torch.Tensor:
+    """The published blending window of `size` output pixels: for even sizes, points 1 ... size of one longer by 1."""
+    sigma = 0.3 * ((size - 1) / 2 - 1) + 0.8
+    length = size + 1 if size % 2 == 0 else size
+    x = torch.arange(length, dtype=torch.float32) - (length - 1) / 2
+    return torch.exp(-(x**2) / (2 * sigma**2))[length - size :]
+
+
+@dataclass(frozen=True)
+class TileAxis:
+    r"""
+    The tiles along one axis of an image, in LR pixels at the model's own scale.
+
+    An axis shorter than the tile is padded by reflection on both ends, any other one at its end only, to a multiple of
+    what the networks can divide.
+
+    Args:
+        length (`int`): Pixels of the image.
+        tile_size (`int`, *optional*): Pixels of a tile, a multiple of `multiple`; `None` for the whole axis.
+        overlap (`int`): Pixels that neighbouring tiles share.
+        multiple (`int`): Divisor of the padded length.
+    """
+
+    length: int
+    tile_size: int | None
+    overlap: int
+    multiple: int
+
+    @cached_property
+    def padded_length(self) -> int:
+        return max(self.tile_size or 0, -(-self.length // self.multiple) * self.multiple)
+
+    @cached_property
+    def front(self) -> int:
+        return (self.tile_size - self.length) // 2 if self.tile_size and self.length < self.tile_size else 0
+
+    @cached_property
+    def tile_length(self) -> int:
+        return self.tile_size or self.padded_length
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First pixel of each tile in the padded axis. The last tile is moved back to end with the axis."""
+        last = self.padded_length - self.tile_length
+        return [*range(0, last, self.tile_length - self.overlap), last]
+
+    def positions(self, start: int, pixels_per_lr: int = 1) -> torch.Tensor:
+        """Where the pixels of the tile from `start` lie in the image, in LR pixels (float64).
+
+        LR pixels of the padding are reflected at the centres of the first and the last one, as often as it takes;
+        with several pixels an LR pixel, these run backwards inside a reflected one.
+        """
+        period = max(2 * (self.length - 1), 1)
+        pixel = torch.arange(start - self.front, start - self.front + self.tile_length, dtype=torch.float64) % period
+        mirrored = pixel > period - pixel
+        inside = (torch.arange(pixels_per_lr, dtype=torch.float64) + 0.5) / pixels_per_lr - 0.5
+        pixel, inside = pixel[:, None], inside[None]
+        return torch.where(mirrored[:, None], period - pixel - inside, pixel + inside).flatten()
+
+    def weights(self, pixels_per_lr: float) -> dict[int, torch.Tensor]:
+        """Blending weights of each tile by its start; at every output pixel those of all tiles sum to 1."""
+        factor = int(self.tile_length * pixels_per_lr)
+        window = gaussian_window(factor)
+        total = torch.zeros(int(self.padded_length * pixels_per_lr))
+        offsets = {start: int(start * pixels_per_lr) for start in self.starts}
+        for offset in offsets.values():
+            total[offset : offset + factor] += window
+        return {start: window / total[offset : offset + factor] for start, offset in offsets.items()}
+
+
+class TileGrid:
+    r"""
+    Cuts images of one size into overlapping tiles and blends the tiles' results (published tiling, with any overlap).
+
+    A tile consists of what the two networks see: the LR image at the model's own scale, and its enlargement to the
+    target size. At the model's own scale (`target = scale * size`) these are the given pixels and their bicubic
+    enlargement tile by tile, exactly as published. At any other one, both are resampled from the given pixels.
+
+    Args:
+        pixels (`torch.Tensor`): Images of shape `(batch, 3, height, width)`, uint8 or float32 in [0, 1].
+        target_size (`tuple[int, int]`): Output height and width.
+        scale (`int`): The scale factor that the model was trained for.
+        tile_size (`int`, *optional*): Tile side in LR pixels; `None` for the whole image at once.
+        tile_overlap (`int`): LR pixels that neighbouring tiles share.
+        multiple (`int`): LR pixels that the networks can divide a side by.
+    """
+
+    def __init__(
+        self,
+        pixels: torch.Tensor,
+        target_size: tuple[int, int],
+        scale: int,
+        tile_size: int | None,
+        tile_overlap: int,
+        multiple: int,
+    ):
+        self.pixels = pixels
+        self.target_size = target_size
+        self.scale = scale
+        size = tuple(pixels.shape[-2:])
+        self.native = target_size == (size[0] * scale, size[1] * scale)
+        # Source pixels a target pixel
+        self.steps = tuple(length / target for length, target in zip(size, target_size))
+        self.rows, self.columns = (
+            TileAxis(-(-length // scale), tile_size, tile_overlap, multiple) for length in target_size
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows.starts) * len(self.columns.starts)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Corners `(top, left)` of the tiles in the padded image, row by row."""
+        return ((top, left) for top in self.rows.starts for left in self.columns.starts)
+
+    def cut(self, top: int, left: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tile at a corner: LR `(batch, 3, h, w)` and enlarged `(batch, 3, scale * h, scale * w)`, both float32."""
+        if self.native:
+            rows, columns = self.rows.positions(top).long(), self.columns.positions(left).long()
+            lr = to_float(self.pixels.index_select(-2, rows).index_select(-1, columns))
+            return lr, F.interpolate(lr, scale_factor=self.scale, mode="bicubic", align_corners=False)
+        return self._resample(top, left, 1), self._resample(top, left, self.scale)
+
+    def _resample(self, top: int, left: int, pixels_per_lr: int) -> torch.Tensor:
+        tile = self.pixels
+        for axis, start, step, dim in zip((self.rows, self.columns), (top, left), self.steps, (-2, -1)):
+            source_per_lr = self.scale * step
+            positions = (axis.positions(start, pixels_per_lr) + 0.5) * source_per_lr - 0.5
+            stretch = max(source_per_lr / pixels_per_lr, 1.0)
+            margin = int(2 * stretch) + 2
+            first = max(int(positions.min()) - margin, 0)
+            stop = min(int(positions.max()) + margin + 1, tile.shape[dim])
+            tile = to_float(tile.narrow(dim, first, max(stop - first, 1)))
+            tile = cubic_interpolate(tile, positions - first, dim, a=-0.5 if stretch > 1 else -0.75, stretch=stretch)
+        return tile
+
+    def enlarged_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of the images enlarged to the target size by antialiased bicubic interpolation."""
+        (row_step, column_step), dtype = self.steps, torch.float64
+        rows = (torch.arange(start, stop, dtype=dtype) + 0.5) * row_step - 0.5
+        columns = (torch.arange(self.target_size[1], dtype=dtype) + 0.5) * column_step - 0.5
+        first = max(int(rows[0]) - 3, 0)
+        band = to_float(self.pixels[..., first : int(rows[-1]) + 4, :])
+        band = cubic_interpolate(band, rows - first, -2, a=-0.5, truncate=True)
+        return cubic_interpolate(band, columns, -1, a=-0.5, truncate=True)
+
+
+class TileBlender:
+    r"""
+    Weighted sum of tile results on the CPU in float32. Each tile's weights are normalised beforehand, so the sum is
+    finished as soon as the last tile is added.
+
+    Args:
+        grid ([`TileGrid`]): The tiles.
+        shape (`tuple[int, int]`): Batch size and channels of the results.
+        pixels_per_lr (`float`): Result pixels an LR pixel: the scale factor for images, that over the VAE's for latents.
+        crop (`bool`): Whether the padding is cut off.
+    """
+
+    def __init__(self, grid: TileGrid, shape: tuple[int, int], pixels_per_lr: float, crop: bool = True):
+        self.pixels_per_lr = pixels_per_lr
+        self.axes = (grid.rows, grid.columns)
+        self.weights = [axis.weights(pixels_per_lr) for axis in self.axes]
+        self.fronts = [int(axis.front * pixels_per_lr) if crop else 0 for axis in self.axes]
+        size = grid.target_size if crop else [int(axis.padded_length * pixels_per_lr) for axis in self.axes]
+        self.sum = torch.zeros(*shape, *size)
+
+    def add(self, tile: torch.Tensor, top: int, left: int):
+        """Add the result `(batch, channels, height, width)` of the tile at a corner."""
+        region, tile = self.sum, tile.to("cpu", torch.float32)
+        for start, weights, front, dim in zip((top, left), self.weights, self.fronts, (-2, -1)):
+            weights = weights[start]
+            offset = int(start * self.pixels_per_lr) - front
+            first, stop = max(-offset, 0), min(region.shape[dim] - offset, len(weights))
+            region = region.narrow(dim, offset + first, stop - first)
+            tile = tile.narrow(dim, first, stop - first) * weights[first:stop].reshape(-1, *[1] * (-1 - dim))
+        region += tile

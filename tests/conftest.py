@@ -1,0 +1,54 @@
+import os
+
+
+# No test touches the network; set before huggingface_hub is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def cases() -> dict:
+    """Configurations and parameters of the reference cases."""
+    return json.loads((FIXTURES / "cases.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def tensors() -> dict[str, torch.Tensor]:
+    """Inputs and outputs of the reference cases."""
+    return load_file(FIXTURES / "cases.safetensors")
+
+
+@pytest.fixture(scope="session")
+def prompt_embeds(tensors) -> dict[str, torch.Tensor]:
+    return {name: tensors[name] for name in ("prompt_embeds", "negative_prompt_embeds")}
+
+
+@pytest.fixture
+def reference_pipe(cases) -> InvSRPipeline:
+    """Small SD-shaped pipeline with the reference's weights; it has neither text encoder nor prompt embeddings."""
+    weights = load_file(FIXTURES / "weights.safetensors")
+    components = {
+        "vae": AutoencoderKL(**cases["vae"]),
+        "unet": UNet2DConditionModel(**cases["unet"]),
+        "noise_predictor": InvSRNoisePredictor(**cases["noise_predictor"]),
+    }
+    for name, component in components.items():
+        prefix = f"{name}."
+        component.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+        component.eval()
+    scheduler = InvSRScheduler(**cases["scheduler"])
+    pipe = InvSRPipeline(text_encoder=None, tokenizer=None, scheduler=scheduler, **components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
