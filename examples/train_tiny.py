@@ -291,7 +291,9 @@ def train(args, stage, model, minutes, learning_rate, loss_function, validate) -
     while seconds < budget:
         share = seconds / budget
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1, (iteration + 1) / 200) * (0.01 + 0.495 * (1 + math.cos(math.pi * share)))
+            group["lr"] = (
+                learning_rate * min(1, (iteration + 1) / 200) * (0.01 + 0.495 * (1 + math.cos(math.pi * share)))
+            )
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
             losses = loss_function(share)
         optimizer.zero_grad(set_to_none=True)
@@ -425,7 +427,9 @@ def train_predictor(args: argparse.Namespace) -> None:
     def loss_function(share: float) -> dict[str, torch.Tensor]:
         batch_size, side = crops.draw_size(args.batch_size)
         lr, hr = crops.pairs(batch_size, side)
-        steps = torch.tensor(STARTING_STEPS, device=args.device)[torch.randint(0, 4, (batch_size,), device=args.device)]
+        steps = torch.tensor(STARTING_STEPS, device=args.device)[
+            torch.randint(0, 4, (batch_size,), device=args.device)
+        ]
         target = vae.config.scaling_factor * vae.encode(2 * hr - 1).latents.float()
         estimate = one_step(lr, steps)
         latent_l2 = F.mse_loss(estimate, target)
@@ -441,7 +445,9 @@ def train_predictor(args: argparse.Namespace) -> None:
     def validate() -> dict[str, float]:
         metrics = {}
         for step in STARTING_STEPS:
-            result = decode(one_step(held_back_lr, torch.full((len(held_back),), step, device=args.device))).clamp(0, 1)
+            result = decode(one_step(held_back_lr, torch.full((len(held_back),), step, device=args.device))).clamp(
+                0, 1
+            )
             metrics |= {f"natural_{step}": psnr(result[:4], held_back[:4])}
             metrics |= {f"procedural_{step}": psnr(result[4:], held_back[4:])}
         bicubic = F.interpolate(held_back_lr, scale_factor=SCALE, mode="bicubic", align_corners=False).clamp(0, 1)

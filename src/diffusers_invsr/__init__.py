@@ -5,6 +5,7 @@ from pathlib import Path
 
 import diffusers
 
+from .conversion import convert, load_noise_predictor
 from .noise_predictor import InvSRNoisePredictor, InvSRNoisePredictorOutput
 from .pipeline_invsr import InvSRPipeline, InvSRPipelineOutput
 from .prompt_embeds import InvSRPromptEmbeds
@@ -21,6 +22,8 @@ __all__ = [
     "InvSRPipelineOutput",
     "InvSRPromptEmbeds",
     "InvSRScheduler",
+    "convert",
+    "load_noise_predictor",
 ]
 
 TINY = str(Path(__file__).parent / "tiny")

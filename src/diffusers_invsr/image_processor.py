@@ -69,7 +69,9 @@ class InvSRImageProcessor:
         else:
             raise TypeError(f"`image` has to be a PIL image, an array, a tensor or a list of them, not {type(image)}.")
         if pixels.ndim not in layouts:
-            raise ValueError(f"`image` has to have a shape {' or '.join(layouts.values())}, but has {tuple(image.shape)}.")
+            raise ValueError(
+                f"`image` has to have a shape {' or '.join(layouts.values())}, but has {tuple(image.shape)}."
+            )
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         pixels = pixels[None] if pixels.ndim == 3 else pixels
         if pixels.shape[-1] not in (1, 2, 3, 4):

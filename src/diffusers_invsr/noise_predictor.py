@@ -1,6 +1,7 @@
 """The noise predictor of InvSR: the noise map of the starting step, predicted from the LR image (section 3.2)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -10,6 +11,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from diffusers.utils import BaseOutput
 from torch import nn
+
+from .hub import HubMixin
 
 
 @dataclass
@@ -61,7 +64,9 @@ class NoiseEncoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, block_out_channels[0], kernel_size=3, padding=1)
 
         self.down_blocks = nn.ModuleList()
-        levels = zip(down_block_types, (block_out_channels[0], *block_out_channels), block_out_channels, layers_per_block)
+        levels = zip(
+            down_block_types, (block_out_channels[0], *block_out_channels), block_out_channels, layers_per_block
+        )
         for level, (block_type, block_in, block_out, num_layers) in enumerate(levels):
             block = get_down_block(
                 block_type,
@@ -73,7 +78,9 @@ class NoiseEncoder(nn.Module):
                 **block_settings,
             )
             self.down_blocks.append(block)
-        self.mid_block = UNetMidBlock2D(block_out_channels[-1], add_attention=mid_block_add_attention, **block_settings)
+        self.mid_block = UNetMidBlock2D(
+            block_out_channels[-1], add_attention=mid_block_add_attention, **block_settings
+        )
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[-1], eps=1e-6)
         self.conv_act = nn.SiLU()
@@ -88,7 +95,7 @@ class NoiseEncoder(nn.Module):
         return self.conv_out(self.conv_act(self.conv_norm_out(hidden_states)))
 
 
-class InvSRNoisePredictor(ModelMixin, ConfigMixin):
+class InvSRNoisePredictor(HubMixin, ModelMixin, ConfigMixin):
     r"""
     Predicts the noise map with which the forward process reaches the starting step from the LR image ("partial noise
     prediction", section 3.2 of the [InvSR paper](https://arxiv.org/abs/2412.09013)).
@@ -118,6 +125,9 @@ class InvSRNoisePredictor(ModelMixin, ConfigMixin):
         flip_sin_to_cos (`bool`, defaults to `True`): Whether the projection puts cosines first.
         double_z (`bool`, defaults to `True`):
             Whether the network returns a log-variance too. If `False`, the noise map is its mean alone.
+        model_card (`dict`, *optional*):
+            What the model card says of the weights: metadata of a Hub card (`license`, `base_model`, `datasets`, ...)
+            and `training_data`, a text. For information.
 
     Raises:
         ValueError: If `down_block_types`, `block_out_channels` and `layers_per_block` differ in length.
@@ -145,6 +155,7 @@ class InvSRNoisePredictor(ModelMixin, ConfigMixin):
         freq_shift: int = 0,
         flip_sin_to_cos: bool = True,
         double_z: bool = True,
+        model_card: dict[str, Any] | None = None,
     ):
         super().__init__()
         if isinstance(layers_per_block, int):

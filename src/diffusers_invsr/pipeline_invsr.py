@@ -71,6 +71,8 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
         tile_size (`int`, defaults to 128): Default side of a tile, in LR pixels at that scale.
         prompt (`str`, *optional*): The fixed prompt; the published one by default.
         negative_prompt (`str`, *optional*): The fixed negative prompt; the published one by default.
+        model_card (`dict`, *optional*):
+            What the model card says of the weights, as in [`InvSRNoisePredictor`], whose own is the default.
     """
 
     model_cpu_offload_seq = "text_encoder->noise_predictor->unet->vae"
@@ -90,6 +92,7 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
         tile_size: int = 128,
         prompt: str = PROMPT,
         negative_prompt: str = NEGATIVE_PROMPT,
+        model_card: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.register_modules(
@@ -101,10 +104,20 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
             noise_predictor=noise_predictor,
             fixed_prompt=fixed_prompt,
         )
-        self.register_to_config(scale=scale, tile_size=tile_size, prompt=prompt, negative_prompt=negative_prompt)
+        self.register_to_config(
+            scale=scale, tile_size=tile_size, prompt=prompt, negative_prompt=negative_prompt, model_card=model_card
+        )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = InvSRImageProcessor()
         self._fixed_prompt_cache = {}
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        # diffusers itself takes over only models of the very class of the annotation; ours may be defined elsewhere.
+        for name in ("noise_predictor", "fixed_prompt"):
+            if name in pipeline.components:
+                kwargs.setdefault(name, pipeline.components[name])
+        return super().from_pipe(pipeline, **kwargs)
 
     @property
     def size_multiple(self) -> int:
@@ -168,7 +181,9 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
         if tile_size is not None:
             multiple = self.size_multiple
             if not isinstance(tile_size, int) or tile_size < 1 or tile_size % multiple:
-                raise ValueError(f"`tile_size` has to be a positive multiple of {multiple} or None, but is {tile_size!r}.")
+                raise ValueError(
+                    f"`tile_size` has to be a positive multiple of {multiple} or None, but is {tile_size!r}."
+                )
             if not isinstance(tile_overlap, int) or not 0 <= tile_overlap < tile_size:
                 raise ValueError(
                     f"`tile_overlap` has to be from 0 to less than `tile_size={tile_size}`, but is {tile_overlap!r}."
@@ -195,7 +210,9 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
             if text is not None and (self.text_encoder is None or self.tokenizer is None):
                 raise ValueError(f"`{name}={text!r}` cannot be used: this pipeline has no text encoder and tokenizer.")
             if text is not None and not isinstance(text, str) and len(text) != num_images:
-                raise ValueError(f"`{name}` has to be a string or one for each of {num_images} images, but is {text!r}.")
+                raise ValueError(
+                    f"`{name}` has to be a string or one for each of {num_images} images, but is {text!r}."
+                )
             if embeds is not None and embeds.shape[0] not in (1, num_images):
                 raise ValueError(
                     f"`{name}_embeds` has to have 1 or {num_images} rows, but its shape is {tuple(embeds.shape)}."

@@ -171,6 +171,8 @@ class InvSRScheduler(DDIMScheduler):
             timestep_spacing=timestep_spacing,
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
+        # `from_config` of another class would put its own defaults in place of ours (a clipped sample, other betas).
+        self.register_to_config(_use_default_values=[])
 
     def set_timesteps(
         self,
@@ -241,13 +243,17 @@ class InvSRScheduler(DDIMScheduler):
             raise ValueError("The scheduler has no schedule yet: call `set_timesteps` first.")
         timestep = int(timestep)
         if timestep not in self._next_index:
-            raise ValueError(f"`timestep` has to be an index of the schedule {self.timesteps.tolist()}, but is {timestep}.")
+            raise ValueError(
+                f"`timestep` has to be an index of the schedule {self.timesteps.tolist()}, but is {timestep}."
+            )
         if generator is not None and variance_noise is not None:
             raise ValueError("`generator` and `variance_noise` cannot both be given.")
 
         prev_timestep = self._next_index[timestep]
         alpha_prod = self.alphas_cumprod[timestep].item()
-        alpha_prod_prev = (self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod).item()
+        alpha_prod_prev = (
+            self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod
+        ).item()
         sqrt_alpha, sqrt_beta = alpha_prod**0.5, (1 - alpha_prod) ** 0.5
 
         # z_0 and epsilon of z = sqrt(alpha) z_0 + sqrt(1 - alpha) epsilon

@@ -1,0 +1,241 @@
+"""From published files to a pipeline: the noise predictor's checkpoint and SD-Turbo."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from safetensors.torch import load_file
+
+from .hub import create_model_card
+from .noise_predictor import InvSRNoisePredictor
+from .pipeline_invsr import InvSRPipeline
+from .scheduling_invsr import InvSRScheduler
+
+
+PUBLISHED_BASE = "stabilityai/sd-turbo"
+PUBLISHED_REPO = "OAOA/InvSR"
+PUBLISHED_FILE = "noise_predictor_sd_turbo_v5.pth"
+# What the card of converted weights says of them.
+PUBLISHED_MODEL_CARD = {
+    "license": "other",
+    "license_name": "stability-ai-community-and-s-lab-1.0",
+    "license_link": "https://github.com/zsyOAOA/InvSR/blob/master/LICENSE",
+    "base_model": [PUBLISHED_BASE, PUBLISHED_REPO],
+    "training_data": (
+        "The noise predictor was trained by its authors on LSDIR and the first 20,000 faces of FFHQ, with low-resolution"
+        " images made by the Real-ESRGAN degradation pipeline. The diffusion model is SD-Turbo, unchanged."
+    ),
+}
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
+# Left in the keys by data parallelism and by `torch.compile`.
+KEY_PREFIXES = ("module.", "_orig_mod.")
+
+
+class FetchError(OSError):
+    """Something could not be fetched from the Hub. The message is one sentence that names the ways out."""
+
+    def __init__(self, source: str, cause: Exception):
+        reason = str(cause).strip().split("\n")[0].rstrip(".")
+        super().__init__(
+            f"{source!r} could not be fetched from the Hub ({type(cause).__name__}: {reason}): give the path of a local"
+            " copy instead, or use the small model that comes with the package (`TINY`, or `--model tiny` on the"
+            " command line)."
+        )
+
+
+def read_checkpoint(file: str | os.PathLike) -> dict[str, torch.Tensor]:
+    r"""
+    Tensors of a published-style file, by their plain names.
+
+    Args:
+        file (`str` or `os.PathLike`):
+            A `.pth`, `.pt` or `.safetensors` file; tensors directly in it or under `state_dict`, with or without
+            `module.` and `_orig_mod.` in front of their names.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The tensors.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+    try:
+        if Path(file).suffix == ".safetensors":
+            state_dict = load_file(file)
+        else:
+            state_dict = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{str(file)!r} cannot be read as a file of tensors ({reason}).") from error
+    if isinstance(state_dict, dict) and isinstance(state_dict.get("state_dict"), dict):
+        state_dict = state_dict["state_dict"]
+    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        raise ValueError(f"{str(file)!r} has to hold named tensors, directly or under `state_dict`, but does not.")
+
+    def plain(key: str) -> str:
+        while key.startswith(KEY_PREFIXES):
+            key = key.split(".", 1)[1]
+        return key
+
+    return {plain(key): value for key, value in state_dict.items()}
+
+
+def check_state_dict(state_dict: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], source: str):
+    r"""
+    Compare names and shapes of tensors with those that a model has.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): The tensors.
+        expected (`dict[str, torch.Tensor]`): The model's.
+        source (`str`): Where they come from, for the message.
+
+    Raises:
+        ValueError: If any is missing, left over or of another shape.
+    """
+    faults = {
+        "missing": [key for key in expected if key not in state_dict],
+        "unexpected": [key for key in state_dict if key not in expected],
+        "of another shape": [
+            f"{key} {tuple(state_dict[key].shape)} instead of {tuple(tensor.shape)}"
+            for key, tensor in expected.items()
+            if key in state_dict and state_dict[key].shape != tensor.shape
+        ],
+    }
+    lists = [
+        f"{len(found)} {fault} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
+        for fault, found in faults.items()
+        if found
+    ]
+    if lists:
+        raise ValueError(
+            f"{source!r} does not fit the noise predictor's configuration: of {len(expected)} tensors {'; '.join(lists)}."
+        )
+
+
+def load_noise_predictor(
+    source: str | os.PathLike = PUBLISHED_REPO,
+    config: dict[str, Any] | str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+) -> InvSRNoisePredictor:
+    r"""
+    Load a noise predictor from a published-style checkpoint or from what `save_pretrained` wrote.
+
+    Args:
+        source (`str` or `os.PathLike`, defaults to `"OAOA/InvSR"`):
+            A checkpoint (`.pth`, `.pt`, `.safetensors`); one on the Hub, as `"OAOA/InvSR/<file>"` or as `"OAOA/InvSR"`
+            for the published default; or a folder or Hub id in diffusers' format.
+        config (`dict` or path of a JSON file, *optional*):
+            Configuration of the network in a checkpoint; by default the published one.
+        dtype (`torch.dtype`, *optional*): Type of the weights; by default `torch.float32`.
+        token (`str` or `bool`, *optional*): Access token for the Hub.
+        revision (`str`, *optional*): Revision on the Hub.
+
+    Returns:
+        [`InvSRNoisePredictor`]: The model, in evaluation mode.
+
+    Raises:
+        FetchError: If it could not be fetched from the Hub.
+        ValueError: If names or shapes in the checkpoint are not those of the configuration.
+    """
+    name = f"{PUBLISHED_REPO}/{PUBLISHED_FILE}" if source == PUBLISHED_REPO else str(source)
+    if Path(name).suffix not in CHECKPOINT_SUFFIXES:
+        if config is not None:
+            raise ValueError(f"`config` cannot be given with `source={name!r}`, which has a configuration of its own.")
+        try:
+            return InvSRNoisePredictor.from_pretrained(
+                name, torch_dtype=dtype or torch.float32, token=token, revision=revision
+            )
+        except (OSError, HFValidationError) as error:
+            raise error if os.path.isdir(name) else FetchError(name, error) from error
+
+    if isinstance(config, (str, os.PathLike)):
+        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    with torch.device("meta"):
+        model = InvSRNoisePredictor.from_config({"model_card": PUBLISHED_MODEL_CARD, **(config or {})})
+    file = name
+    if not os.path.isfile(name):
+        owner, repo, *path = name.split("/") if name.count("/") > 1 else ("", "", name)
+        try:
+            file = hf_hub_download(f"{owner}/{repo}", "/".join(path), token=token, revision=revision)
+        except (OSError, HFValidationError) as error:
+            raise FetchError(name, error) from error
+    state_dict = read_checkpoint(file)
+    check_state_dict(state_dict, model.state_dict(), name)
+    model.load_state_dict({key: value.to(dtype or torch.float32) for key, value in state_dict.items()}, assign=True)
+    return model.eval()
+
+
+def convert(
+    noise_predictor: InvSRNoisePredictor | str | os.PathLike = PUBLISHED_REPO,
+    base: str | os.PathLike = PUBLISHED_BASE,
+    output: str | os.PathLike | None = None,
+    config: dict[str, Any] | str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    token: str | bool | None = None,
+    overwrite: bool = False,
+    model_card: dict[str, Any] | None = None,
+) -> InvSRPipeline:
+    r"""
+    Assemble a pipeline of SD-Turbo and a noise predictor, and save it if asked to.
+
+    Args:
+        noise_predictor ([`InvSRNoisePredictor`], `str` or `os.PathLike`, defaults to `"OAOA/InvSR"`):
+            The predictor, or a source for [`load_noise_predictor`].
+        base (`str` or `os.PathLike`, defaults to `"stabilityai/sd-turbo"`): Hub id or folder of SD-Turbo.
+        output (`str` or `os.PathLike`, *optional*): Folder to save the pipeline in. It appears when it is complete.
+        config (`dict` or path of a JSON file, *optional*): Configuration for [`load_noise_predictor`].
+        dtype (`torch.dtype`, *optional*): Type of all weights; by default `torch.float32`.
+        variant (`str`, *optional*): Variant of SD-Turbo's files, such as `"fp16"`.
+        token (`str` or `bool`, *optional*): Access token for the Hub.
+        overwrite (`bool`, defaults to `False`): Whether a pipeline that `output` already holds is replaced.
+        model_card (`dict`, *optional*):
+            What the model card says of the weights; by default that of the predictor. See [`InvSRPipeline`].
+
+    Returns:
+        [`InvSRPipeline`]: The pipeline.
+
+    Raises:
+        FetchError: If something could not be fetched from the Hub.
+        FileExistsError: If `output` exists and may not be replaced.
+        ValueError: If the predictor's checkpoint does not fit its configuration.
+    """
+    if output is not None:
+        output = Path(output).absolute()
+        replaceable = overwrite and (output / InvSRPipeline.config_name).is_file()
+        if output.exists() and not replaceable:
+            raise FileExistsError(
+                f"`output={str(output)!r}` exists already: only a pipeline is replaced, with `overwrite=True`."
+            )
+    if not isinstance(noise_predictor, InvSRNoisePredictor):
+        noise_predictor = load_noise_predictor(noise_predictor, config, dtype, token)
+    base = str(base)
+    try:
+        pipe = InvSRPipeline.from_pretrained(
+            base,
+            noise_predictor=noise_predictor,
+            scheduler=InvSRScheduler.from_pretrained(base, subfolder="scheduler", token=token),
+            dtype=dtype or torch.float32,
+            variant=variant,
+            token=token,
+            model_card=model_card or noise_predictor.config["model_card"],
+        )
+    except (OSError, HFValidationError) as error:
+        raise error if os.path.isdir(base) else FetchError(base, error) from error
+
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
+            new = Path(folder, "new")
+            pipe.save_pretrained(new)
+            create_model_card(pipe, output.name).save(new / "README.md")
+            if output.exists():
+                output.rename(Path(folder, "old"))
+            new.rename(output)
+    return pipe

@@ -1,0 +1,197 @@
+"""Image files of the command line: which ones to read, where their results go, and what they carry besides pixels."""
+
+import glob
+import os
+import re
+from pathlib import Path
+
+from PIL import ExifTags, Image, ImageOps
+
+
+# Formats that are written, by the suffix of the file, with Pillow's settings for them.
+FORMATS = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
+    ".webp": ("WEBP", {"quality": 95}),
+}
+# The longest side that a format can hold, in pixels.
+MAX_SIDES = {"JPEG": 65500, "WEBP": 16383}
+# What is taken for an image where a folder or a pattern is searched. A file that is named is read whatever its suffix.
+IMAGE_SUFFIXES = {*FORMATS, ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".pgm", ".ppm", ".tga", ".tif", ".tiff"}
+# Tags of a TIFF that tell how its pixels are stored, not what the picture is.
+TIFF_LAYOUT_TAGS = {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 320, 322, 323, 324, 325, 338, 339, 347}
+TIFF_PAYLOAD_TAGS = {700, 34675}  # XMP, ICC profile
+# Colour spaces, as an ICC profile's header names them, that the pixels we write are not in.
+FOREIGN_COLOR_SPACES = {"L": (b"RGB ", b"CMYK", b"Lab "), "RGB": (b"GRAY", b"CMYK", b"Lab ")}
+
+
+def find_images(inputs: list[str], out: Path) -> tuple[dict[Path, Path], list[str]]:
+    r"""
+    Find the files that the inputs stand for, each once, in the order of the inputs.
+
+    Args:
+        inputs (`list[str]`):
+            Files; folders, which are searched for images with all their subfolders; and patterns with `*`, `?`, `[...]`
+            and `**`. What is hidden is left out.
+        out (`Path`): Where results go. If it lies inside a folder that is searched, it is left out.
+
+    Returns:
+        `dict[Path, Path]`: For each file, its name below the output folder. Files in a folder keep their subfolder, as
+        do files that a pattern matched, below its part without wildcards.
+        `list[str]`: Inputs for which there is nothing.
+    """
+    found, missing = {}, []
+    out = out.resolve()
+    for text in inputs:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            root, files = path, _images_below(path)
+        elif path.exists():
+            root, files = path.parent, [path]
+        else:
+            root = Path(re.split(r"[^/\\]*[*?[]", str(path), maxsplit=1)[0])
+            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+            files = [file for match in matches for file in (_images_below(match) if match.is_dir() else [match])]
+            files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+        if root.resolve() in out.parents:
+            files = [file for file in files if path == file or out not in file.resolve().parents]
+        for file in files:
+            name = file.relative_to(root)
+            found.setdefault(Path(os.path.abspath(file)), Path(name.name) if ".." in name.parts else name)
+        if not files:
+            missing.append(text)
+    return found, missing
+
+
+def _images_below(folder: Path) -> list[Path]:
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+
+
+def plan_outputs(
+    images: dict[Path, Path], out: Path, image_format: str = "keep", suffix: str = ""
+) -> dict[Path, Path]:
+    r"""
+    Choose a file for each result.
+
+    Args:
+        images (`dict[Path, Path]`): From [`find_images`].
+        out (`Path`): Folder of the results.
+        image_format (`str`, defaults to `"keep"`):
+            `"png"`, `"jpg"`, `"webp"`, or `"keep"` for the input's where it is one of these, else PNG.
+        suffix (`str`, *optional*): What is put between a file's name and its extension.
+
+    Returns:
+        `dict[Path, Path]`: For each input, its result. Where several would have one name, on a file system that knows
+        no case either, the later ones get `_2`, `_3`, ...
+
+    Raises:
+        ValueError: If a result would replace an input.
+    """
+    sources = {_identity(source): source for source in images}
+    outputs, taken = {}, set()
+    for source, name in images.items():
+        keep = image_format == "keep" and name.suffix.lower() in FORMATS
+        extension = name.suffix if keep else ".png" if image_format == "keep" else f".{image_format}"
+        target, number = out / name.with_name(f"{name.stem}{suffix}{extension}"), 1
+        while str(target).casefold() in taken:
+            number += 1
+            target = out / name.with_name(f"{name.stem}{suffix}_{number}{extension}")
+        if target.exists() and _identity(target) in sources:
+            raise ValueError(
+                f"The result for {show(source)} would replace the input {show(sources[_identity(target)])}: choose"
+                " another output folder, or another `--suffix`, such as `--suffix _x4`."
+            )
+        taken.add(str(target).casefold())
+        outputs[source] = target
+    return outputs
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def show(path: Path) -> str:
+    """The path as a user would write it here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def read_image(path: Path) -> tuple[Image.Image, int]:
+    r"""
+    Read an image file whole, so that a damaged one is known before any work is done on it.
+
+    Args:
+        path (`Path`): The file.
+
+    Returns:
+        `PIL.Image.Image`: The image (the first one, of an animation or a file of pages), upright. What
+        [`save_image`] is to keep is in its `info`: `"icc_profile"` and `"exif"`.
+        `int`: Number of frames or pages in the file.
+
+    Raises:
+        Exception: Of many kinds, from Pillow's decoders, if the file is not a whole image or is too large.
+    """
+    with Image.open(path) as image:
+        # The second picture that phones put into a JPEG (MPO) is a preview or a depth map, not a frame.
+        num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        image.load()
+        exif = image.getexif()
+        layout = TIFF_LAYOUT_TAGS | TIFF_PAYLOAD_TAGS if image.format == "TIFF" else set()
+        for tag in layout & set(exif):
+            del exif[tag]
+        upright = ImageOps.exif_transpose(image)
+        if ExifTags.Base.Orientation in exif:
+            exif[ExifTags.Base.Orientation] = 1
+        upright.info["exif"] = exif.tobytes() if exif else None
+        return upright, num_frames
+
+
+def check_side(path: Path, side: int):
+    """Raises a ValueError if the format of `path` cannot hold an image with a side of so many pixels."""
+    name = FORMATS[path.suffix.lower()][0]
+    if side > MAX_SIDES.get(name, side):
+        raise ValueError(f"{name} holds at most {MAX_SIDES[name]} pixels a side, but {side} are asked for; use PNG.")
+
+
+def save_image(image: Image.Image, path: Path, source: Image.Image):
+    r"""
+    Write an image with the ICC profile and the EXIF data of its source, all or nothing.
+
+    Args:
+        image (`PIL.Image.Image`): The image. JPEG, which has no transparency, gets it on white.
+        path (`Path`): The file; it is replaced if it exists. The suffix tells the format. Missing folders are made.
+        source (`PIL.Image.Image`): What [`read_image`] gave. Its profile is left out where it is for other pixels than
+            are written (a CMYK profile), and its orientation has been applied.
+    """
+    name, options = FORMATS[path.suffix.lower()]
+    if name == "JPEG" and image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA")).convert(image.mode.removesuffix("A"))
+    profile = source.info.get("icc_profile")
+    space = "L" if image.mode in ("L", "LA") and name != "WEBP" else "RGB"  # WebP stores grey as RGB
+    if profile and profile[16:20] not in FOREIGN_COLOR_SPACES[space]:
+        options = {**options, "icc_profile": profile}
+    if source.info.get("exif"):
+        options = {**options, "exif": _with_size(source.info["exif"], image.size)}
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".diffusers-invsr-{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            image.save(file, format=name, **options)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _with_size(data: bytes, size: tuple[int, int]) -> bytes:
+    """EXIF data that states the size of the image, where it states one."""
+    exif = Image.Exif()
+    exif.load(data)
+    details = exif.get_ifd(ExifTags.IFD.Exif)
+    for tag, side in zip((ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight), size):
+        if tag in details:
+            details[tag] = side
+    return exif.tobytes()

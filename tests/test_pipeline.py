@@ -1,0 +1,297 @@
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from PIL import Image
+
+from diffusers_invsr import InvSRPipeline, InvSRPipelineOutput
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def pipe(reference_pipe, prompt_embeds):
+    """The reference pipeline, called with its prompt embeddings, untiled tensors out, unless asked otherwise."""
+
+    def call(image, **arguments):
+        defaults = {"tile_size": None, "output_type": "pt", "generator": generator(), **prompt_embeds}
+        return reference_pipe(image, **{**defaults, **arguments}).images
+
+    call.pipeline = reference_pipe
+    return call
+
+
+@pytest.fixture
+def deterministic_pipe(pipe):
+    """No random number matters: both distributions are made as narrow as they can be."""
+    for conv in (pipe.pipeline.noise_predictor.encoder.conv_out, pipe.pipeline.vae.quant_conv):
+        torch.nn.init.zeros_(conv.weight[4:])
+        torch.nn.init.constant_(conv.bias[4:], -30)
+    return pipe
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def photo(height: int = 32, width: int = 32, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    noise = torch.rand(batch, 3, height // 8 + 2, width // 8 + 2, generator=generator(seed))
+    return F.interpolate(noise, size=(height, width), mode="bicubic").clamp(0, 1)
+
+
+@pytest.mark.parametrize("index", range(11))
+def test_sampling_matches_reference(pipe, cases, tensors, index):
+    case = cases["sampling"][index]
+    result = pipe(
+        tensors[f"sampling.{index}.image"],
+        timesteps=case["timesteps"],
+        guidance_scale=case["guidance_scale"],
+        generator=generator(case["seed"]),
+    )
+    torch.testing.assert_close(result, tensors[f"sampling.{index}.output"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tile_batch_size", [1, 2, 4])
+@pytest.mark.parametrize("index", range(6))
+def test_tiling_matches_reference(deterministic_pipe, cases, tensors, index, tile_batch_size):
+    case = cases["tiled"][index]
+    result = deterministic_pipe(
+        tensors[f"tiled.{index}.image"],
+        timesteps=case["timesteps"],
+        tile_size=case["tile_size"],
+        tile_overlap=case["tile_size"] - case["tile_stride"],
+        tile_batch_size=tile_batch_size,
+        color_fix=case["color_fix"],
+    )
+    torch.testing.assert_close(result, tensors[f"tiled.{index}.output"], atol=1e-4, rtol=0)
+
+
+def test_signature_is_the_documented_one():
+    parameters = list(inspect.signature(InvSRPipeline.__call__).parameters)
+    assert parameters[1:] == [
+        "image", "num_steps", "start_timestep", "timesteps", "scale", "target_size", "prompt", "negative_prompt",
+        "guidance_scale", "eta", "tile_size", "tile_overlap", "tile_batch_size", "color_fix", "generator",
+        "prompt_embeds", "negative_prompt_embeds", "output_type", "return_dict", "callback_on_step_end",
+        "callback_on_step_end_tensor_inputs",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_steps, start, steps", [(1, None, [200]), (3, 250, [250, 150, 50]), (1, 100, [100])])
+def test_steps_and_start_choose_the_schedule(pipe, num_steps, start, steps):
+    result = pipe(photo(), num_steps=num_steps, start_timestep=start)
+    assert torch.equal(result, pipe(photo(), timesteps=steps))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("tile_size", [None, 16])
+def test_result_depends_on_the_seed_alone(pipe, eta, tile_size):
+    arguments = {"num_steps": 3, "eta": eta, "tile_size": tile_size}
+    result = pipe(photo(), **arguments)
+    assert torch.equal(result, pipe(photo(), **arguments))
+    assert not torch.equal(result, pipe(photo(), **arguments, generator=generator(1)))
+    for tile_batch_size in (3, 100):
+        batched = pipe(photo(), **arguments, tile_batch_size=tile_batch_size)
+        torch.testing.assert_close(batched, result, atol=1e-4, rtol=0)
+
+
+def test_eta_matters_only_between_steps(pipe):
+    assert torch.equal(pipe(photo(), eta=1.0), pipe(photo(), eta=0.0))
+    assert not torch.allclose(pipe(photo(), num_steps=2, eta=1.0), pipe(photo(), num_steps=2))
+
+
+def test_a_generator_for_each_image(pipe):
+    images = photo(batch=2)
+    together = pipe(images, generator=[generator(5), generator(6)], tile_size=16)
+    alone = [pipe(images[i : i + 1], generator=generator(5 + i), tile_size=16) for i in range(2)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=0)
+
+
+def test_images_of_several_sizes(pipe):
+    images = [photo(16, 24)[0], photo(16, 24, seed=1)[0], photo(24, 16)[0]]
+    results = pipe(images, generator=[generator(i) for i in range(3)])
+    assert [tuple(result.shape) for result in results] == [(3, 64, 96), (3, 64, 96), (3, 96, 64)]
+    torch.testing.assert_close(results[2][None], pipe(images[2], generator=generator(2)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tile_size", [None, 16])
+@pytest.mark.parametrize("size", [(5, 5), (3, 40), (15, 17), (16, 64), (33, 31)])
+def test_any_size(pipe, size, tile_size):
+    result = pipe(photo(*size), tile_size=tile_size)
+    assert result.shape == (1, 3, 4 * size[0], 4 * size[1])
+    assert result.isfinite().all() and result.min() >= 0 and result.max() <= 1
+
+
+@pytest.mark.parametrize("scale", [1, 1.37, 2, 2.5, 3, 4, 8])
+@pytest.mark.parametrize("tile_size", [None, 16])
+def test_any_scale(pipe, scale, tile_size):
+    result = pipe(photo(21, 26), scale=scale, tile_size=tile_size)
+    assert result.shape == (1, 3, int(21 * scale + 0.5), int(26 * scale + 0.5))
+    target = pipe(photo(21, 26), target_size=result.shape[-2:], tile_size=tile_size)
+    assert torch.equal(result, target)
+
+
+@pytest.mark.parametrize("scale", [2, 2.5, 4])
+def test_vae_sees_the_enlargement_and_the_predictor_a_quarter_of_it(pipe, scale):
+    """With the images that the networks get recorded on their way in."""
+    seen = {}
+    image = photo(32, 32)
+    predictor, vae = pipe.pipeline.noise_predictor, pipe.pipeline.vae
+    hooks = [
+        predictor.register_forward_pre_hook(lambda module, args: seen.update(lr=args[0])),
+        vae.encoder.register_forward_pre_hook(lambda module, args: seen.update(enlarged=args[0])),
+    ]
+    pipe(image, scale=scale)
+    for hook in hooks:
+        hook.remove()
+    size = int(32 * scale)
+    enlarged = F.interpolate(image, size=(size, size), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(seen["enlarged"], 2 * enlarged - 1, atol=1e-5, rtol=0)
+    lr = image if scale == 4 else F.interpolate(image, size=(size // 4, size // 4), mode="bicubic", antialias=True)
+    torch.testing.assert_close(seen["lr"][..., 2:-2, 2:-2], 2 * lr[..., 2:-2, 2:-2] - 1, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])
+def test_pil_in_pil_out(pipe, mode):
+    image = Image.fromarray((photo(16, 24)[0] * 255).byte().permute(1, 2, 0).numpy()).convert(mode)
+    (result,) = pipe(image, output_type="pil")
+    assert result.mode == mode and result.size == (96, 64)
+    as_array = pipe(image, output_type="np")
+    assert as_array.shape == (1, 64, 96, 4 if "A" in mode else 3)
+    if mode == "RGB":
+        assert np.array_equal((as_array[0] * 255).round().astype(np.uint8), np.array(result))
+
+
+@pytest.mark.parametrize("tile_size", [None, 16])
+def test_latent_output_decodes_to_the_image(pipe, tile_size):
+    latents = pipe(photo(32, 48), tile_size=tile_size, output_type="latent")
+    assert latents.shape == (1, 4, 16, 24)
+    if tile_size is None:
+        result = pipe.pipeline.decode_image(latents)
+        torch.testing.assert_close(result, pipe(photo(32, 48)), atol=1e-5, rtol=0)
+
+
+def test_return_dict(reference_pipe, prompt_embeds):
+    arguments = {"tile_size": None, "output_type": "pt", **prompt_embeds}
+    assert isinstance(reference_pipe(photo(), **arguments), InvSRPipelineOutput)
+    assert isinstance(reference_pipe(photo(), **arguments, return_dict=False), tuple)
+
+
+def test_autoencoder_tiny_serves_as_the_vae(pipe):
+    torch.manual_seed(0)
+    pipe.pipeline.register_modules(vae=AutoencoderTiny(encoder_block_out_channels=(8,) * 4,
+        decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4).eval())  # fmt: skip
+    result = pipe(photo(20, 28), num_steps=2, tile_size=16)
+    assert result.shape == (1, 3, 80, 112) and result.std() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_close(pipe, dtype):
+    expected = pipe(photo(), num_steps=2)
+    pipe.pipeline.to(dtype=dtype)
+    result = pipe(photo(), num_steps=2)
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result, expected, atol=0.1, rtol=0)
+
+
+def test_callback_sees_every_step_of_every_tile_batch_and_may_change_latents(pipe):
+    calls = []
+
+    def callback(pipeline, step, timestep, kwargs):
+        calls.append((step, timestep, sorted(kwargs)))
+        return {"latents": torch.zeros_like(kwargs["latents"])}
+
+    tensors = ["latents", "prompt_embeds"]
+    result = pipe(
+        photo(), num_steps=2, tile_size=16, tile_overlap=0, tile_batch_size=3, callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=tensors,
+    )  # fmt: skip
+    assert calls == [(0, 199, tensors), (1, 99, tensors)] * 2  # 4 tiles in 2 batches
+    black = pipe.pipeline.decode_image(torch.zeros(1, 4, 8, 8))
+    torch.testing.assert_close(result[..., :64, :64], black, atol=1e-3, rtol=0)
+
+
+def test_interrupt_stops_after_the_step(pipe):
+    calls = []
+
+    def callback(pipeline, step, timestep, kwargs):
+        calls.append(step)
+        pipeline._interrupt = True
+        return {}
+
+    result = pipe(photo(), num_steps=3, tile_size=16, tile_overlap=0, callback_on_step_end=callback)
+    assert calls == [0] and result.shape == (1, 3, 128, 128) and result[..., 64:, 64:].abs().max() == 0
+    assert torch.equal(pipe(photo()), pipe(photo()))  # and the next call is not interrupted
+
+
+def test_progress_bar_counts_steps_times_tiles(pipe, capsys):
+    pipe.pipeline.set_progress_bar_config(disable=False)
+    pipe(photo(), num_steps=2, tile_size=16, tile_overlap=0, tile_batch_size=3)
+    assert "8/8" in capsys.readouterr().err
+
+
+def test_no_component_is_changed_by_a_call(pipe):
+    before = {name: {k: v.clone() for k, v in getattr(pipe.pipeline, name).state_dict().items()}
+              for name in ("vae", "unet", "noise_predictor")}  # fmt: skip
+    dtypes = {name: getattr(pipe.pipeline, name).dtype for name in before}
+    pipe(photo(), num_steps=2, tile_size=16)
+    for name, state in before.items():
+        assert getattr(pipe.pipeline, name).dtype == dtypes[name]
+        assert all(torch.equal(value, state[key]) for key, value in getattr(pipe.pipeline, name).state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_steps": 0}, "`num_steps` has to be a positive integer, but is 0"),
+        ({"num_steps": 2.5}, "`num_steps` has to be a positive integer, but is 2.5"),
+        ({"num_steps": 300}, "from 1 to 250, but is 300"),
+        ({"num_steps": 3, "timesteps": [200, 100]}, "contradicts"),
+        ({"timesteps": [100, 200]}, "descend"),
+        ({"start_timestep": 300}, "`start_timestep` has to be one of"),
+        ({"scale": 0.5}, "`scale` has to be from 1 to 8, but is 0.5"),
+        ({"scale": 9}, "`scale` has to be from 1 to 8, but is 9"),
+        ({"scale": float("nan")}, "`scale` has to be from 1 to 8, but is nan"),
+        ({"scale": 2, "target_size": (64, 64)}, "cannot both be given"),
+        ({"target_size": (16, 64)}, "1 to 8 times"),
+        ({"target_size": (64, 300)}, "1 to 8 times"),
+        ({"target_size": (64,)}, r"\(height, width\)"),
+        ({"eta": 1.5}, "`eta` has to be from 0 to 1, but is 1.5"),
+        ({"tile_size": 30}, "positive multiple of 4 or None, but is 30"),
+        ({"tile_size": 0}, "positive multiple of 4 or None, but is 0"),
+        ({"tile_size": 32, "tile_overlap": 32}, "`tile_overlap` has to be from 0 to less than"),
+        ({"tile_batch_size": 0}, "`tile_batch_size` has to be a positive integer"),
+        ({"color_fix": "lab"}, "`color_fix` has to be None or one of"),
+        ({"output_type": "jpg"}, "`output_type` has to be"),
+        ({"generator": [generator()] * 2}, "2 generators for 1 images"),
+        ({"prompt": "sharp"}, "`prompt` and `prompt_embeds` cannot both be given"),
+        ({"prompt": "sharp", "prompt_embeds": None}, "no text encoder"),
+        ({"prompt_embeds": None}, "`prompt_embeds` have to be given"),
+        ({"prompt_embeds": torch.zeros(3, 77, 32)}, "1 or 1 rows"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs"),
+    ],
+)
+def test_wrong_arguments_are_refused(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(photo(), **arguments)
+
+
+def test_untrained_start_is_allowed_with_a_warning(pipe, caplog):
+    from diffusers.utils import logging
+
+    logging.enable_propagation()
+    pipe(photo(), timesteps=[220])
+    logging.disable_propagation()
+    assert "not at 220" in caplog.text
+
+
+def test_mismatched_noise_predictor_is_refused(pipe):
+    pipe.pipeline.register_to_config(scale=2)
+    with pytest.raises(ValueError, match="reduces its input by 2, but .* need 4"):
+        pipe(photo())

@@ -1,0 +1,94 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffusers_invsr.tiling import TileAxis, TileBlender, TileGrid, gaussian_window
+
+
+@pytest.mark.parametrize(
+    "length, overlap, starts",
+    [
+        (32, 16, [0]),
+        (33, 16, [0, 8]),  # padded to 40; the last tile is moved back
+        (56, 16, [0, 16, 24]),
+        (64, 16, [0, 16, 32]),
+        (64, 0, [0, 32]),
+        (100, 8, [0, 24, 48, 72]),
+    ],
+)
+def test_starts_cover_the_axis(length, overlap, starts):
+    axis = TileAxis(length, 32, overlap, multiple=8)
+    assert axis.starts == starts and axis.starts[-1] + 32 == axis.padded_length
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 11, 20, 31])
+def test_short_axis_is_reflected_on_both_ends(length):
+    """Against torch's reflection padding, repeated until the tile is full."""
+    axis = TileAxis(length, 32, 8, multiple=4)
+    image = torch.arange(float(length))[None, None]
+    while (current := image.shape[-1]) < 32:
+        front = min((32 - current) // 2, current - 1)
+        back = min(32 - current - front, current - 1)
+        image = F.pad(image, (front, back), mode="reflect")
+    assert axis.starts == [0] and axis.positions(0).tolist() == image[0, 0].tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 127, 128])
+def test_gaussian_window(size):
+    length = size + 1 if size % 2 == 0 else size
+    sigma = 0.3 * ((size - 1) / 2 - 1) + 0.8
+    points = [torch.exp(torch.tensor(-((i - (length - 1) / 2) ** 2) / (2 * sigma**2))) for i in range(length)]
+    torch.testing.assert_close(gaussian_window(size), torch.stack(points[length - size :]))
+
+
+@pytest.mark.parametrize("overlap", [0, 8, 16, 31])
+@pytest.mark.parametrize("size", [(20, 27), (32, 32), (37, 53), (64, 20), (70, 101)])
+def test_blending_the_enlarged_tiles_gives_the_enlarged_image(size, overlap):
+    """With the enlargement itself as the result, the seams must not show, whatever the overlap."""
+    torch.manual_seed(0)
+    image = F.interpolate(torch.rand(2, 3, 6, 6), size=size, mode="bilinear")
+    grid = TileGrid(image, (4 * size[0], 4 * size[1]), 4, 32, overlap, 4)
+    blender = TileBlender(grid, (2, 3), 4)
+    for corner in grid:
+        blender.add(F.interpolate(grid.cut(*corner)[0], scale_factor=4, mode="nearest"), *corner)
+    torch.testing.assert_close(blender.sum, F.interpolate(image, scale_factor=4, mode="nearest"))
+
+
+@pytest.mark.parametrize("target", [(37, 53), (38, 60), (93, 133), (111, 159), (147, 211), (296, 424)])
+def test_resampled_tiles_show_the_enlarged_image(target):
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 37, 53)
+    grid = TileGrid(image, target, 4, 8, 2, 4)
+    expected = F.interpolate(image, size=target, mode="bicubic", align_corners=False)
+    blender = TileBlender(grid, (1, 3), 4)
+    for corner in grid:
+        blender.add(grid.cut(*corner)[1], *corner)
+    torch.testing.assert_close(blender.sum, expected, atol=1e-4, rtol=0)
+
+
+def test_lr_tile_is_the_image_shrunk_to_the_models_scale():
+    torch.manual_seed(0)
+    image = F.interpolate(torch.rand(1, 3, 5, 5), size=(64, 96), mode="bicubic").clamp(0, 1)
+    lr, _ = TileGrid(image, (64, 96), 4, None, 0, 4).cut(0, 0)  # x1: the predictor sees a quarter of the size
+    expected = F.interpolate(image, size=(16, 24), mode="bicubic", antialias=True)
+    torch.testing.assert_close(lr[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], atol=1e-5, rtol=0)
+
+
+def test_native_and_resampled_paths_agree_inside():
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 24, 24)
+    grid = TileGrid(image, (96, 96), 4, None, 0, 4)
+    native = grid.cut(0, 0)
+    grid.native = False
+    for ours, theirs in zip(native, grid.cut(0, 0)):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("target", [(37, 53), (100, 91), (148, 212), (296, 424)])
+def test_enlarged_rows_are_those_of_antialiased_interpolation(target):
+    torch.manual_seed(0)
+    image = torch.rand(1, 3, 37, 53)
+    grid = TileGrid(image, target, 4, None, 0, 4)
+    rows = torch.cat([grid.enlarged_rows(0, 30), grid.enlarged_rows(30, target[0])], dim=-2)
+    expected = F.interpolate(image, size=target, mode="bicubic", antialias=True)
+    torch.testing.assert_close(rows, expected, atol=1e-5, rtol=0)
