@@ -2,9 +2,10 @@
 
     python examples/evaluate_tiny.py --hr DIR_OF_PHOTOGRAPHS --output results
 
-The LR images are made with `simple_degradation.py` from fixed seeds. The table (Markdown and JSON) holds interpolation,
-the model at several steps and starts, the same diffusion model with random and with no noise in place of the predicted
-one (the paper's claim is that prediction helps), and the autoencoder's ceiling. Needs `pip install ".[examples]"`.
+The LR images are made with `simple_degradation.py` from fixed seeds. The table (Markdown and JSON) holds
+interpolation, the model at several steps and starts, the same diffusion model with random and with no noise in place
+of the predicted one (the paper's claim is that prediction helps), and the autoencoder's ceiling. Needs
+`pip install ".[examples]"`.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def measure(result: Image.Image, hr: Image.Image) -> dict[str, float]:
 
 
 def with_constant_noise(pipe: InvSRPipeline, logvar: float) -> InvSRPipeline:
-    """The same pipeline with a noise map of mean 0 and the given log-variance, whatever the image: 0 is random noise."""
+    """The same pipeline with a noise map of mean 0 and this log-variance, whatever the image: 0 is random noise."""
     predictor = copy.deepcopy(pipe.noise_predictor)
     conv = predictor.encoder.conv_out
     torch.nn.init.zeros_(conv.weight)

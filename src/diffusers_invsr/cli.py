@@ -1,0 +1,379 @@
+"""The command line `diffusers-invsr`: enlarge image files; convert, publish and describe models."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from . import __version__
+from .image_files import FORMATS, IMAGE_SUFFIXES, check_side, find_images, plan_outputs, read_image, save_image, show
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from .pipeline_invsr import InvSRPipeline
+
+
+app = typer.Typer(
+    help="InvSR super-resolution: enlarge images by diffusion inversion, in any number of steps.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="tiny|sd-turbo|PATH|HUB_ID",
+        help="tiny: comes with the package, needs no network. sd-turbo: the published weights, from the Hub."
+        " Or the folder of a saved pipeline, or its id on the Hub.",
+    ),
+]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def main():
+    """Entry point of `diffusers-invsr`: the app, with the log noise of the libraries below turned off."""
+    warnings.simplefilter("ignore")  # what the pipeline has to say is logged
+    for name in ("diffusers", "transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    app()
+
+
+def print_version(value: bool):
+    if value:
+        typer.echo(f"diffusers-invsr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def callback(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+):
+    pass
+
+
+@app.command()
+def upscale(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUTS...",
+            help="Image files, folders (with all subfolders), or quoted patterns such as 'photos/**/*.jpg'.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Folder of the results; for a single image also a file: .png, .jpg, .webp."),
+    ],
+    model: Model = "tiny",
+    steps: Annotated[int, typer.Option(min=1, max=250, help="Diffusion steps.")] = 1,
+    start_timestep: Annotated[
+        int | None,
+        typer.Option(
+            metavar="250|200|150|100",
+            help="Where the steps start: higher changes more.  [default: as published for the number of steps]",
+        ),
+    ] = None,
+    scale: Annotated[
+        float | None, typer.Option(min=1, max=8, help="Enlargement.  [default: the model's own, 4]")
+    ] = None,
+    tile_size: Annotated[
+        str,
+        typer.Option(
+            metavar="INTEGER|none|auto",
+            help="Side of a tile, in input pixels at x4; less needs less memory. none: the whole image at once."
+            " auto: the model's own.",
+        ),
+    ] = "auto",
+    tile_overlap: Annotated[
+        int | None, typer.Option(min=0, help="Pixels that tiles share.  [default: a quarter of the tile]")
+    ] = None,
+    tile_batch_size: Annotated[int, typer.Option(min=1, help="Tiles at once; the result is the same.")] = 1,
+    color_fix: Annotated[
+        Literal["none", "wavelet", "ycbcr", "adain"], typer.Option(help="Take the colours from the input.")
+    ] = "none",
+    seed: Annotated[int, typer.Option(min=0, help="Seed, the same for each file.")] = 0,
+    device: Annotated[str, typer.Option(help="auto (cuda, else mps, else cpu) or a device of PyTorch.")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="auto: float16 on cuda, else float32.")] = "auto",
+    image_format: Annotated[
+        Literal["keep", "png", "jpg", "webp"],
+        typer.Option("--format", help="keep: the input's where it is png, jpg or webp, else png."),
+    ] = "keep",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results that exist, instead of skipping their images.")
+    ] = False,
+    suffix: Annotated[str, typer.Option(help="Added to the names of the results, such as _x4.")] = "",
+):
+    """Enlarge images.
+
+    Results have the names of the inputs; images in a folder keep their subfolders. ICC profile and EXIF data are kept,
+    transparency too (in JPEG it becomes white). A file that cannot be read is reported and left out.
+
+    Exit status: 0 if all is done (or was done before), 1 if something failed, 2 if the command is wrong.
+    """
+    # 1. What to do, before anything heavy is loaded
+    outputs, num_missing = plan(inputs, out, image_format, suffix)
+    if tile_size not in ("auto", "none") and not tile_size.isdecimal():
+        raise typer.BadParameter(f"{tile_size!r} is not an integer, none or auto.", param_hint="'--tile-size'")
+
+    # 2. The model
+    device, torch_dtype = choose_device(device, dtype)
+    pipe = load_pipeline(model, device, torch_dtype)
+    options = {
+        "num_steps": steps,
+        "start_timestep": start_timestep,
+        "scale": scale,
+        "tile_size": {"auto": "auto", "none": None}[tile_size] if not tile_size.isdecimal() else int(tile_size),
+        "tile_overlap": tile_overlap,
+        "tile_batch_size": tile_batch_size,
+        "color_fix": None if color_fix == "none" else color_fix,
+    }
+    check_options(pipe, options)
+
+    # 3. The images, one by one
+    num_failed = num_missing + upscale_files(pipe, outputs, options, seed, overwrite)
+    raise typer.Exit(1 if num_failed else 0)
+
+
+def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[dict[Path, Path], int]:
+    """The result's file for each image, and the number of inputs for which there is no image; these are reported."""
+    if any(character in suffix for character in '/\\:\0'):
+        raise typer.BadParameter(f"{suffix!r} has to be a part of a file name.", param_hint="'--suffix'")
+    to_file = out.suffix.lower() in IMAGE_SUFFIXES and not out.is_dir()
+    if not to_file and out.exists() and not out.is_dir():
+        raise typer.BadParameter(
+            f"{out} is a file, but has to be a folder or the name of an image: {', '.join(FORMATS)}.",
+            param_hint="'--out'",
+        )
+    images, missing = find_images(inputs, out)
+    for text in missing:
+        report(f"{text}: no such image")
+    if not images:
+        raise typer.BadParameter("there is no image among them.", param_hint="'INPUTS...'")
+    if to_file:
+        extension = out.suffix.lower()
+        if extension not in FORMATS:
+            raise typer.BadParameter(f"{out} has to end in one of {', '.join(FORMATS)}.", param_hint="'--out'")
+        if len(images) > 1:
+            raise typer.BadParameter(
+                f"{out} is the name of one image, but there are {len(images)} inputs: give a folder.",
+                param_hint="'--out'",
+            )
+        if suffix or image_format not in ("keep", extension[1:].replace("jpeg", "jpg")):
+            raise typer.BadParameter(
+                f"{out} already says the name and the format: leave out `--suffix` and `--format`.",
+                param_hint="'--out'",
+            )
+        out, images = out.parent, {source: Path(out.name) for source in images}
+    try:
+        return plan_outputs(images, out, image_format, suffix), len(missing)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'--out'") from None
+
+
+def choose_device(device: str, dtype: str) -> tuple["torch.device", "torch.dtype"]:
+    """The device and the number type that `auto` stands for, or those that were named."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"{device!r} cannot be used: {describe(error)}", param_hint="'--device'") from None
+    if dtype == "auto":
+        dtype = "float16" if device.type == "cuda" else "float32"
+    return device, getattr(torch, dtype)
+
+
+def load_pipeline(
+    model: str, device: "torch.device | str" = "cpu", dtype: "torch.dtype | None" = None
+) -> "InvSRPipeline":
+    """Load what `--model` names. Where that fails, one sentence says what else there is, and the program ends."""
+    from diffusers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
+
+    from . import TINY, InvSRPipeline
+
+    disable_progress_bar()
+    disable_transformers_progress_bar()
+    path = Path(TINY if model == "tiny" else model)
+    if path.exists() and not (path / "model_index.json").is_file():
+        fail(
+            f"`{model}` is not a saved pipeline: it has no model_index.json."
+            " A predictor by itself is made a pipeline by `diffusers-invsr convert`."
+        )
+    try:
+        if model == "sd-turbo":
+            from .conversion import convert
+
+            pipe = convert(dtype=dtype)
+        else:
+            pipe = InvSRPipeline.from_pretrained(str(path) if path.exists() else model, dtype=dtype)
+    except Exception as error:
+        if path.exists() and model != "sd-turbo":
+            fail(f"`{model}` could not be loaded as an InvSR pipeline: {describe(error)}")
+        if not isinstance(error, (OSError, ValueError)):
+            raise
+        fail(
+            f"`{model}` is no folder here and could not be loaded from the Hub ({describe(error.__cause__ or error)}):"
+            " use `--model tiny`, which needs no network, or the path of a saved pipeline."
+        )
+    return pipe.to(device)
+
+
+def check_options(pipe: "InvSRPipeline", options: dict):
+    """Raises a usage error for options that the pipeline would refuse for any image."""
+    tile_size = pipe.config.tile_size if options["tile_size"] == "auto" else options["tile_size"]
+    tile_overlap = options["tile_overlap"]
+    if tile_overlap is None and tile_size is not None:
+        tile_overlap = tile_size // 4
+    try:
+        pipe.scheduler.set_timesteps(options["num_steps"], start_timestep=options["start_timestep"])
+        pipe.check_inputs(
+            num_images=1,
+            num_steps=options["num_steps"],
+            scale=options["scale"],
+            target_size=None,
+            prompt=None,
+            negative_prompt=None,
+            guidance_scale=1.0,
+            eta=0.0,
+            tile_size=tile_size,
+            tile_overlap=tile_overlap,
+            tile_batch_size=options["tile_batch_size"],
+            color_fix=options["color_fix"],
+            generator=None,
+            prompt_embeds=None,
+            negative_prompt_embeds=None,
+            output_type="pil",
+            callback_on_step_end_tensor_inputs=[],
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def upscale_files(
+    pipe: "InvSRPipeline", outputs: dict[Path, Path], options: dict, seed: int, overwrite: bool
+) -> int:
+    """Enlarge each file into its own result; returns the number of files that failed. Shows bars on a terminal."""
+    from tqdm import tqdm
+
+    single = len(outputs) == 1
+    num_failed = num_skipped = 0
+    with tqdm(outputs.items(), desc="files", unit="file", disable=True if single else None, dynamic_ncols=True) as bar:
+        for source, target in bar:
+            if target.exists() and not overwrite:
+                tqdm.write(f"{show(source)}: skipped, {show(target)} exists (--overwrite replaces it)")
+                num_skipped += 1
+                continue
+            pipe.set_progress_bar_config(
+                desc=source.name, unit="tile step", leave=False, position=0 if single else 1, disable=None,
+                dynamic_ncols=True,
+            )  # fmt: skip
+            try:
+                sizes = upscale_file(pipe, source, target, options, seed)
+            except Exception as error:  # whatever is wrong with one file, the others go on
+                report(f"{show(source)}: {describe(error)}")
+                num_failed += 1
+            else:
+                tqdm.write(f"{show(source)} -> {show(target)} ({sizes})")
+    if not single:
+        num_done = len(outputs) - num_failed - num_skipped
+        typer.echo(f"{num_done} enlarged, {num_skipped} skipped, {num_failed} failed")
+    return num_failed
+
+
+def upscale_file(pipe: "InvSRPipeline", source: Path, target: Path, options: dict, seed: int) -> str:
+    """Enlarge one file; returns the sizes before and after. The noise is drawn on the CPU, alike for every device."""
+    import torch
+
+    image, num_frames = read_image(source)
+    check_side(target, int(max(image.size) * (options["scale"] or pipe.config.scale) + 0.5))
+    result = pipe(image, generator=torch.Generator().manual_seed(seed), **options).images[0]
+    save_image(result, target, image)
+    note = f", the first of {num_frames} frames" if num_frames > 1 else ""
+    return f"{image.width}x{image.height} to {result.width}x{result.height}{note}"
+
+
+@app.command()
+def convert(
+    predictor: Annotated[
+        str, typer.Argument(help="The noise predictor: a .pth or .safetensors file, a saved folder, or a Hub id.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new pipeline.")],
+    base: Annotated[
+        str, typer.Option(metavar="ID_OR_FOLDER", help="The diffusion model that the predictor was trained with.")
+    ] = "stabilityai/sd-turbo",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, metavar="JSON", help="Configuration of the predictor, if not the published."
+        ),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Number type to save in; auto: as the files are.")] = "auto",
+    drop_text_encoder: Annotated[
+        bool, typer.Option("--drop-text-encoder", help="Keep the embeddings of the fixed prompts instead.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+):
+    """Make a pipeline of a noise predictor and the diffusion model it belongs to."""
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A saved pipeline.")],
+    repo_id: Annotated[str, typer.Argument(help="Where to: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    token: Annotated[
+        str | None, typer.Option(help="Access token of the Hub.  [default: the one you are logged in with]")
+    ] = None,
+):
+    """Publish a saved pipeline on the Hub: weights, code and model card."""
+    pipe = load_pipeline(str(folder))
+    try:
+        pipe.push_to_hub(repo_id, private=private, token=token)
+    except (OSError, ValueError) as error:
+        fail(f"`{repo_id}` could not be written on the Hub: {describe(error)}")
+    typer.echo(f"{show(folder)} -> {repo_id}")
+
+
+@app.command()
+def info(model: Annotated[str, typer.Argument(metavar="tiny|sd-turbo|PATH|HUB_ID", help="As for upscale.")]):
+    """Tell what a model needs: scale, tiles, licence, parameters, memory."""
+    from .model_info import describe_model
+
+    pipe = load_pipeline(model)
+    for name, value in describe_model(pipe).items():
+        typer.echo(f"{name + ':':<22} {value}")
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in OUT_OF_MEMORY):
+        return "the memory is not enough; lower --tile-size (or --tile-batch-size)."
+    return text
+
+
+def report(message: str):
+    """Tell of a failure, beside the progress bars."""
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)
+
+
+def fail(message: str):
+    """Tell why nothing can be done, and end."""
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(1)
