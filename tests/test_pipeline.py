@@ -185,8 +185,9 @@ def test_return_dict(reference_pipe, prompt_embeds):
 
 def test_autoencoder_tiny_serves_as_the_vae(pipe):
     torch.manual_seed(0)
-    pipe.pipeline.register_modules(vae=AutoencoderTiny(encoder_block_out_channels=(8,) * 4,
-        decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4).eval())  # fmt: skip
+    levels = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    blocks = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
+    pipe.pipeline.register_modules(vae=AutoencoderTiny(**levels, **blocks).eval())
     result = pipe(photo(20, 28), num_steps=2, tile_size=16)
     assert result.shape == (1, 3, 80, 112) and result.std() > 0
 

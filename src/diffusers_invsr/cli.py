@@ -1,7 +1,9 @@
 """The command line `diffusers-invsr`: enlarge image files; convert, publish and describe models."""
 
 import logging
+import shutil
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -147,7 +149,7 @@ def upscale(
 
 def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[dict[Path, Path], int]:
     """The result's file for each image, and the number of inputs for which there is no image; these are reported."""
-    if any(character in suffix for character in '/\\:\0'):
+    if any(character in suffix for character in "/\\:\0"):
         raise typer.BadParameter(f"{suffix!r} has to be a part of a file name.", param_hint="'--suffix'")
     to_file = out.suffix.lower() in IMAGE_SUFFIXES and not out.is_dir()
     if not to_file and out.exists() and not out.is_dir():
@@ -204,31 +206,32 @@ def load_pipeline(
     from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
     from . import TINY, InvSRPipeline
+    from .conversion import FetchError
+    from .conversion import convert as convert_to_pipeline
 
     disable_progress_bar()
     disable_transformers_progress_bar()
     path = Path(TINY if model == "tiny" else model)
     if path.exists() and not (path / "model_index.json").is_file():
         fail(
-            f"`{model}` is not a saved pipeline: it has no model_index.json."
-            " A predictor by itself is made a pipeline by `diffusers-invsr convert`."
+            f"{model!r} is not a saved pipeline: it has no model_index.json. A noise predictor by itself becomes one"
+            " with `diffusers-invsr convert`."
         )
+    if not path.exists() and model != "sd-turbo" and model.strip("./").count("/") != 1:
+        fail(f"{model!r} is neither tiny, sd-turbo, a folder here nor an id on the Hub (owner/name).")
     try:
         if model == "sd-turbo":
-            from .conversion import convert
-
-            pipe = convert(dtype=dtype)
+            pipe = convert_to_pipeline(dtype=dtype)
         else:
             pipe = InvSRPipeline.from_pretrained(str(path) if path.exists() else model, dtype=dtype)
+    except FetchError as error:
+        fail(str(error))
     except Exception as error:
-        if path.exists() and model != "sd-turbo":
-            fail(f"`{model}` could not be loaded as an InvSR pipeline: {describe(error)}")
+        if path.exists():
+            fail(f"{model!r} cannot be loaded as an InvSR pipeline: {describe(error)}")
         if not isinstance(error, (OSError, ValueError)):
             raise
-        fail(
-            f"`{model}` is no folder here and could not be loaded from the Hub ({describe(error.__cause__ or error)}):"
-            " use `--model tiny`, which needs no network, or the path of a saved pipeline."
-        )
+        fail(str(FetchError(model, error.__cause__ or error)))
     return pipe.to(device)
 
 
@@ -263,9 +266,7 @@ def check_options(pipe: "InvSRPipeline", options: dict):
         raise typer.BadParameter(str(error)) from None
 
 
-def upscale_files(
-    pipe: "InvSRPipeline", outputs: dict[Path, Path], options: dict, seed: int, overwrite: bool
-) -> int:
+def upscale_files(pipe: "InvSRPipeline", outputs: dict[Path, Path], options: dict, seed: int, overwrite: bool) -> int:
     """Enlarge each file into its own result; returns the number of files that failed. Shows bars on a terminal."""
     from tqdm import tqdm
 
@@ -328,6 +329,27 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
 ):
     """Make a pipeline of a noise predictor and the diffusion model it belongs to."""
+    import torch
+
+    from .conversion import convert as convert_to_pipeline
+
+    try:
+        pipe = convert_to_pipeline(
+            predictor,
+            base=base,
+            output=out,
+            config=config,
+            dtype=None if dtype == "auto" else getattr(torch, dtype),
+            overwrite=overwrite,
+        )
+    except (OSError, ValueError) as error:
+        fail(describe(error))
+    if drop_text_encoder:
+        pipe.drop_text_encoder()
+        pipe.save_pretrained(out)
+        for name in ("text_encoder", "tokenizer"):
+            shutil.rmtree(out / name)
+    typer.echo(f"{predictor} + {base} -> {show(out.absolute())}")
 
 
 @app.command()
@@ -351,16 +373,17 @@ def push(
 @app.command()
 def info(model: Annotated[str, typer.Argument(metavar="tiny|sd-turbo|PATH|HUB_ID", help="As for upscale.")]):
     """Tell what a model needs: scale, tiles, licence, parameters, memory."""
+    from . import TINY
     from .model_info import describe_model
 
     pipe = load_pipeline(model)
-    for name, value in describe_model(pipe).items():
+    for name, value in describe_model(pipe, Path(TINY if model == "tiny" else model)).items():
         typer.echo(f"{name + ':':<22} {value}")
 
 
 def describe(error: BaseException) -> str:
     """An error in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = textwrap.shorten(str(error), 400) or type(error).__name__
     if isinstance(error, MemoryError) or any(sign in text.lower() for sign in OUT_OF_MEMORY):
         return "the memory is not enough; lower --tile-size (or --tile-batch-size)."
     return text

@@ -46,7 +46,7 @@ class InvSRImageProcessor:
             `list[InputImage]`: The images, one by one.
 
         Raises:
-            ValueError: If an image is empty, thinner than 2 pixels, of an impossible shape, or has values out of range.
+            ValueError: If an image is empty, thinner than 2 pixels, of another shape, or has values out of range.
             TypeError: If an image is of another type.
         """
         items = image if isinstance(image, (list, tuple)) else [image]

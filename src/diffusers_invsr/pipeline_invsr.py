@@ -387,15 +387,15 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
             target_size = tuple(int(side * scale + 0.5) for side in size)
         elif not all(MIN_SCALE * side <= target <= MAX_SCALE * side for side, target in zip(size, target_size)):
             raise ValueError(
-                f"`target_size={tuple(target_size)}` has to be {MIN_SCALE} to {MAX_SCALE} times the height and width of"
-                f" the image, {size}."
+                f"`target_size={tuple(target_size)}` has to be {MIN_SCALE} to {MAX_SCALE} times the height and width"
+                f" of the image, {size}."
             )
         pixels = torch.stack([image.pixels for image in images]) if len(images) > 1 else images[0].pixels[None]
         target_size = tuple(int(side) for side in target_size)
         return TileGrid(pixels, target_size, self.config.scale, tile_size, tile_overlap or 0, self.size_multiple)
 
     def prepare_blender(self, grid: TileGrid, batch_size: int, output_type: str) -> TileBlender:
-        """Where the results of a grid's tiles are summed up: images at the target size, or latents with the padding."""
+        """Sums up the results of a grid's tiles: images at the target size, or latents with the padding."""
         if output_type == "latent":
             latents_per_lr = self.config.scale / self.vae_scale_factor
             return TileBlender(grid, (batch_size, self.vae.config.latent_channels), latents_per_lr, crop=False)
@@ -468,9 +468,9 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
                 `"pil"`, `"np"`, `"pt"`, or `"latent"` for the latents of the padded image.
             return_dict (`bool`, defaults to `True`): Whether to return an [`InvSRPipelineOutput`].
             callback_on_step_end (`Callable`, *optional*):
-                Called as `callback(pipeline, step_index, timestep, callback_kwargs)` after every step of every batch of
-                tiles; may return a dict with changed tensors. If it sets `pipeline._interrupt = True`, the remaining
-                steps and tiles are skipped; tiles that were not reached stay black.
+                Called as `callback(pipeline, step_index, timestep, callback_kwargs)` after every step of every batch
+                of tiles; may return a dict with changed tensors. If it sets `pipeline._interrupt = True`, the
+                remaining steps and tiles are skipped; tiles that were not reached stay black.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 Tensors in `callback_kwargs`: `"latents"`, `"prompt_embeds"`, `"negative_prompt_embeds"`.
 

@@ -1,4 +1,4 @@
-"""The schedules of InvSR: a DDIM scheduler that starts in the middle of the diffusion process (sections 3.2 and 3.3)."""
+"""The schedules of InvSR: a DDIM scheduler that starts in the middle of the diffusion process."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -76,7 +76,8 @@ def starting_schedule(num_steps: int, start_timestep: int) -> list[int]:
     candidates = grid if num_steps <= len(grid) else list(range(start_timestep, grid[-1] - 1, -1))
     if num_steps > len(candidates):
         raise ValueError(
-            f"`num_steps` has to be at most {len(candidates)} with `start_timestep={start_timestep}`, but is {num_steps}."
+            f"`num_steps` has to be at most {len(candidates)} with `start_timestep={start_timestep}`,"
+            f" but is {num_steps}."
         )
     last = len(candidates) - 1
     return [candidates[round(i * last / (num_steps - 1))] for i in range(num_steps)]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 
 def cubic_kernel(x: torch.Tensor, a: float) -> torch.Tensor:
-    """Keys' cubic convolution kernel with parameter `a` (-0.75 is PyTorch's plain bicubic, -0.5 its antialiased one)."""
+    """Keys' cubic convolution kernel; `a` is -0.75 in PyTorch's plain bicubic and -0.5 in its antialiased one."""
     x = x.abs()
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
@@ -174,7 +174,7 @@ class TileGrid:
         return ((top, left) for top in self.rows.starts for left in self.columns.starts)
 
     def cut(self, top: int, left: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tile at a corner: LR `(batch, 3, h, w)` and enlarged `(batch, 3, scale * h, scale * w)`, both float32."""
+        """The tile at a corner, in float32: LR `(batch, 3, h, w)` and enlarged `(batch, 3, scale * h, scale * w)`."""
         if self.native:
             rows, columns = self.rows.positions(top).long(), self.columns.positions(left).long()
             lr = to_float(self.pixels.index_select(-2, rows).index_select(-1, columns))
@@ -213,7 +213,8 @@ class TileBlender:
     Args:
         grid ([`TileGrid`]): The tiles.
         shape (`tuple[int, int]`): Batch size and channels of the results.
-        pixels_per_lr (`float`): Result pixels an LR pixel: the scale factor for images, that over the VAE's for latents.
+        pixels_per_lr (`float`):
+            Result pixels an LR pixel: the scale factor for images, that over the VAE's for latents.
         crop (`bool`): Whether the padding is cut off.
     """
 

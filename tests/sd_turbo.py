@@ -1,0 +1,50 @@
+"""A folder like SD-Turbo's with tiny modules."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffusers_invsr import InvSRPipeline
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """A tokenizer of letters, of which the last one of a word is another token."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+
+
+def save_sd_turbo(folder: Path, cases: dict):
+    """Save a tiny `StableDiffusionPipeline` with modules as in `cases.json` and an Euler scheduler in `folder`."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=cases["unet"]["cross_attention_dim"],
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(**cases["vae"]),
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(**cases["unet"]),
+        scheduler=EulerDiscreteScheduler(**cases["scheduler"]),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def enlarge(pipe: InvSRPipeline, **arguments) -> torch.Tensor:
+    """The result `(1, 3, 128, 128)` of a pipeline for an image and a seed that are always the same."""
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return pipe(image, tile_size=None, generator=torch.manual_seed(0), output_type="pt", **arguments).images
