@@ -69,7 +69,7 @@ def upscale(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUTS...",
+            metavar="INPUTS",
             help="Image files, folders (with all subfolders), or quoted patterns such as 'photos/**/*.jpg'.",
         ),
     ],
@@ -100,7 +100,7 @@ def upscale(
     tile_overlap: Annotated[
         int | None, typer.Option(min=0, help="Pixels that tiles share.  [default: a quarter of the tile]")
     ] = None,
-    tile_batch_size: Annotated[int, typer.Option(min=1, help="Tiles at once; the result is the same.")] = 1,
+    tile_batch_size: Annotated[int, typer.Option(min=1, help="Tiles at once: only speed and memory change.")] = 1,
     color_fix: Annotated[
         Literal["none", "wavelet", "ycbcr", "adain"], typer.Option(help="Take the colours from the input.")
     ] = "none",
@@ -161,7 +161,7 @@ def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[
     for text in missing:
         report(f"{text}: no such image")
     if not images:
-        raise typer.BadParameter("there is no image among them.", param_hint="'INPUTS...'")
+        raise typer.BadParameter("there is no image to enlarge.", param_hint="'INPUTS'")
     if to_file:
         extension = out.suffix.lower()
         if extension not in FORMATS:

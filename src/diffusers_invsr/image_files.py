@@ -32,8 +32,8 @@ def find_images(inputs: list[str], out: Path) -> tuple[dict[Path, Path], list[st
 
     Args:
         inputs (`list[str]`):
-            Files; folders, which are searched for images with all their subfolders; and patterns with `*`, `?`, `[...]`
-            and `**`. What is hidden is left out.
+            Files; folders, which are searched for images with all their subfolders; and patterns with `*`, `?`,
+            `[...]` and `**`. What is hidden is left out.
         out (`Path`): Where results go. If it lies inside a folder that is searched, it is left out.
 
     Returns:
