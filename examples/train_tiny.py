@@ -13,7 +13,8 @@ What differs from the published model, and why:
   downsampling. Its encoder is not learned but a PCA of 4x4 patches: exact from the first second, where a learned
   encoder would take most of the budget to get the colours right.
 - The prior is unconditional and learns only the noise levels that sampling visits (steps 1 to 260 of 1000).
-- The predictor is trained with L2 alone. Without perceptual and adversarial losses the results are faithful but smooth.
+- The predictor is trained with L2, then L1 of pixels besides. Without perceptual and adversarial losses the results
+  are faithful but smooth.
 
 Half of the training samples are crops of photographs 1 to 16 of the Kodak set, half are procedural (`procedural.py`).
 Kodak 17 to 24 are never read: they are left for measurement. Two of the sixteen are held back for validation.
@@ -24,6 +25,7 @@ import json
 import math
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ from PIL import Image
 from procedural import make_image
 from simple_degradation import SCALE, degrade
 
-from diffusers_invsr.noise_predictor import InvSRNoisePredictor
+from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler
 
 
 STAGES = ("pool", "autoencoder", "prior", "predictor", "assemble")
@@ -46,6 +48,11 @@ STARTING_STEPS = (250, 200, 150, 100)  # as the paper counts, from 1
 PRIOR_STEPS = 260  # the prior learns schedule indices 0 to 259
 LR_SIZES = (32, 48)  # patch sides in LR (and latent) pixels; the larger ones keep GroupNorm's statistics honest
 LARGE_PATCH_PROBABILITY = 0.2
+TRAINING_DATA = (
+    "Trained from nothing: half of the samples are crops of photographs 1 to 16 of the Kodak set, half are procedural"
+    " images. Degradation: Gaussian blur, x4 downsampling, Gaussian noise, JPEG. Too small a model for more than"
+    " demonstrations and tests."
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -62,10 +69,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr-autoencoder", type=float, default=2e-3, help="Peak learning rate of the decoder.")
     parser.add_argument("--lr-prior", type=float, default=8e-4, help="Peak learning rate of the prior.")
     parser.add_argument("--lr-predictor", type=float, default=8e-4, help="Peak learning rate of the predictor.")
-    parser.add_argument("--pixel-loss-from", type=float, default=0.55, help="Share of the predictor's time after which the pixel loss joins.")  # fmt: skip # noqa: E501
+    parser.add_argument("--pixel-loss-from", type=float, default=0.55, help="Share of its time when it joins.")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="bf16 autocast or plain fp32.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Torch device.")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads of PyTorch.")
+    parser.add_argument("--workers", type=int, default=2, help="Threads that share a batch (1 on a GPU).")
+    parser.add_argument("--chunk-size", type=int, default=4, help="Samples that one of them takes at a time.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of every random choice.")
     args = parser.parse_args(argv)
     if not args.kodak.is_dir():
@@ -193,38 +201,33 @@ def alphas_cumprod(device: str) -> torch.Tensor:
     return (1 - betas).cumprod(0).float().to(device)
 
 
+def to_patches(image: np.ndarray) -> np.ndarray:
+    """The 4x4 patches of an image in [0, 1], (number, 48), in the order in which the encoder gathers their pixels."""
+    image = image[: image.shape[0] // 4 * 4, : image.shape[1] // 4 * 4].astype(np.float64) / 255
+    blocks = image.reshape(image.shape[0] // 4, 2, 2, -1, 2, 2, 3)  # rows, y1, y0, columns, x1, x0, RGB
+    return blocks.transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, 48)
+
+
 def set_pca_encoder(vae: AutoencoderTiny, photographs: list[np.ndarray], procedural: np.ndarray) -> torch.Tensor:
     """
     Set the encoder to space-to-depth followed by a PCA of 4x4 RGB patches, and the scaling factor to match.
 
-    The encoder without blocks is linear: two strided convolutions, here with single taps that gather the 2x2
-    neighbourhoods, and an output convolution, here with the components in its central tap. A component of standard
-    deviation s is scaled by s**-1/2: halfway between the pixels' metric and whitening, so that noise of one level hides
-    fine components before coarse ones, as in any latent space, without the fine ones vanishing.
+    An encoder without blocks is linear: two strided convolutions, which here gather 2x2 neighbourhoods with single
+    taps, and an output convolution, which here holds the components in its central tap. A component of standard
+    deviation s is scaled by s**-1/2: halfway between the metric of pixels and whitening, so that noise hides fine
+    components before coarse ones, as in other latent spaces, but does not drown them.
 
     Returns:
         `torch.Tensor`: The map from latents to patches, (channels, 48), for a loss in the metric of pixels.
     """
-    patches = [
-        image[: image.shape[0] // 4 * 4, : image.shape[1] // 4 * 4].reshape(image.shape[0] // 4, 4, -1, 4, 3)
-        for image in [*photographs, *procedural]
-    ]
-    # Row order of the two gathering convolutions: (y1, x1) of the second, then (y0, x0) of the first, then RGB.
-    patches = [
-        p.reshape(len(p), 2, 2, -1, 2, 2, 3).transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, 48).astype(np.float64) / 255
-        for p in patches
-    ]
-    natural = np.concatenate(patches[: len(photographs)])
-    drawn = np.concatenate(patches[len(photographs) :])[:: max(1, len(procedural) // 64)]
+    natural = np.concatenate([to_patches(image) for image in photographs])
+    drawn = np.concatenate([to_patches(image) for image in procedural[:64]])
     mean = natural.mean(axis=0)
-    covariance = 0.75 * (natural - mean).T @ (natural - mean) / len(natural)
-    covariance += 0.25 * (drawn - mean).T @ (drawn - mean) / len(drawn)
+    covariance = sum(w * (x - mean).T @ (x - mean) / len(x) for w, x in ((0.75, natural), (0.25, drawn)))
     variances, components = np.linalg.eigh(covariance)
     order = np.argsort(-variances)[:LATENT_CHANNELS]
-    scales = RAW_LATENT_GAIN * variances[order] ** -0.25
-    projection = components[:, order].T * scales[:, None]
-    explained = ((natural - mean) @ components[:, order] @ components[:, order].T - (natural - mean)) ** 2
-    print(f"PCA ceiling: {-10 * np.log10(explained.mean()):.2f} dB; largest latent {np.abs((natural - mean) @ projection.T).max():.2f}")  # fmt: skip # noqa: E501
+    components, scales = components[:, order].T, RAW_LATENT_GAIN * variances[order] ** -0.25
+    projection = components * scales[:, None]
 
     convolutions = [layer for layer in vae.encoder.layers if isinstance(layer, torch.nn.Conv2d)]
     with torch.no_grad():
@@ -243,18 +246,17 @@ def set_pca_encoder(vae: AutoencoderTiny, photographs: list[np.ndarray], procedu
         convolutions[3].bias.copy_(torch.from_numpy(-projection @ mean))
     scaling_factor = float(1 / ((natural - mean) @ projection.T).std())
     vae.register_to_config(scaling_factor=scaling_factor)
-    return torch.from_numpy(components[:, order].T / scales[:, None] / scaling_factor).float()
+    return torch.from_numpy(components / scales[:, None] / scaling_factor).float()
 
 
-def load_vae(args: argparse.Namespace) -> tuple[AutoencoderTiny, torch.Tensor, bool]:
-    """The autoencoder with the PCA encoder, the latent-to-patch map, and whether the decoder has been trained."""
+def load_vae(args: argparse.Namespace, trained: bool = True) -> tuple[AutoencoderTiny, torch.Tensor]:
+    """The frozen autoencoder, with its decoder trained or not yet, and the map from latents to patches."""
     pool, vae = load(args, "pool"), build_vae()
     vae.load_state_dict(pool["vae"])
     vae.register_to_config(scaling_factor=pool["scaling_factor"])
-    trained = (args.work / "autoencoder.pt").is_file()
     if trained:
         vae.decoder.load_state_dict(load(args, "autoencoder")["ema_model"])
-    return vae.to(args.device).eval().requires_grad_(False), pool["latent_to_patch"].to(args.device), trained
+    return vae.to(args.device).eval().requires_grad_(False), pool["latent_to_patch"].to(args.device)
 
 
 def load_frozen(args: argparse.Namespace, model: torch.nn.Module, stage: str) -> torch.nn.Module:
@@ -265,15 +267,20 @@ def load_frozen(args: argparse.Namespace, model: torch.nn.Module, stage: str) ->
 # Training
 
 
-def train(args, stage, model, minutes, learning_rate, loss_function, validate) -> None:
+def train(args, stage, model, minutes, learning_rate, draw, loss_function, validate) -> None:
     """
     Train `model` until its minutes are used up, over all runs together.
 
     AdamW with a linear warm-up and a cosine decay over the *time* used: the rate is near zero when the time is up,
     however fast the machine is. The weights that count are an exponential moving average.
 
+    A batch is cut into chunks that `--workers` threads take from a queue. On a few CPU cores with other work to do
+    this is much faster than threads inside each operator, which all wait for the slowest at every layer.
+
     Args:
-        loss_function (`Callable[[float], dict]`): From the share of the time used to the losses; "loss" is descended.
+        draw (`Callable[[], tuple]`): Draws a batch: tensors with the batch as their first dimension.
+        loss_function (`Callable`): From the share of the time used and (part of) a batch to the losses by name, of
+            which "loss" is descended.
         validate (`Callable[[], dict]`): Measures the model, which holds the averaged weights meanwhile.
     """
     model.to(args.device).train()
@@ -288,22 +295,32 @@ def train(args, stage, model, minutes, learning_rate, loss_function, validate) -
         iteration, seconds = state["iteration"], state["seconds"]
     budget, last_time, last_save, sums, count = 60 * minutes, time.monotonic(), seconds, {}, 0
 
+    def gradients(chunk: tuple[torch.Tensor, ...], share: float) -> tuple[tuple[torch.Tensor, ...], dict]:
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
+            losses = loss_function(share, *chunk)
+        return torch.autograd.grad(losses["loss"], parameters), {k: v.detach() for k, v in losses.items()}
+
+    parameters, workers, batch = list(model.parameters()), ThreadPoolExecutor(args.workers), draw()
     while seconds < budget:
         share = seconds / budget
         for group in optimizer.param_groups:
             group["lr"] = (
                 learning_rate * min(1, (iteration + 1) / 200) * (0.01 + 0.495 * (1 + math.cos(math.pi * share)))
             )
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.precision == "bf16"):
-            losses = loss_function(share)
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
+        chunks = list(zip(*(tensor.split(args.chunk_size) for tensor in batch)))
+        futures = [workers.submit(gradients, chunk, share) for chunk in chunks]
+        weights = [len(chunk[0]) / len(batch[0]) for chunk in chunks]
+        batch = draw()  # the next one, while the workers compute
+        results = [future.result() for future in futures]
+        for i, parameter in enumerate(parameters):
+            parameter.grad = sum(weight * grads[i] for weight, (grads, _) in zip(weights, results))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         ema.step(model.parameters())
         iteration, count = iteration + 1, count + 1
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
+        for weight, (_, losses) in zip(weights, results):
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + weight * value.item()
         now = time.monotonic()
         seconds, last_time = seconds + now - last_time, now
 
@@ -339,13 +356,15 @@ def make_pool(args: argparse.Namespace) -> None:
 
 def train_autoencoder(args: argparse.Namespace) -> None:
     """Train the decoder to invert the fixed encoder, with L1 and a little MSE (which punishes isolated errors)."""
-    vae, _, _ = load_vae(args)
+    vae, _ = load_vae(args, trained=False)
     decoder = vae.decoder.requires_grad_(True)
     crops = Crops(args, args.seed + 1)
     validation = to_tensor([image[:256, :256] for image in crops.validation], args.device)
 
-    def loss_function(share: float) -> dict[str, torch.Tensor]:
-        hr = crops.hr(args.batch_size, 64)
+    def draw() -> tuple[torch.Tensor]:
+        return (crops.hr(args.batch_size, 64),)
+
+    def loss_function(share: float, hr: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             latents = vae.encode(2 * hr - 1).latents
         error = (decoder(latents.contiguous(memory_format=torch.channels_last)).float() / 2 + 0.5) - hr
@@ -357,12 +376,12 @@ def train_autoencoder(args: argparse.Namespace) -> None:
         return {"psnr_natural": psnr(result[:2], validation[:2]), "psnr_procedural": psnr(result[2:], validation[2:])}
 
     decoder.to(memory_format=torch.channels_last)  # twice as fast for the decoder, slower for the UNet
-    train(args, "autoencoder", decoder, args.minutes_autoencoder, args.lr_autoencoder, loss_function, validate)
+    train(args, "autoencoder", decoder, args.minutes_autoencoder, args.lr_autoencoder, draw, loss_function, validate)
 
 
 def train_prior(args: argparse.Namespace) -> None:
     """Train the diffusion model to predict the noise in scaled latents, at the noise levels that sampling visits."""
-    vae, _, _ = load_vae(args)
+    vae, _ = load_vae(args, trained=False)
     torch.manual_seed(args.seed + 2)
     unet, crops, abar = build_unet(), Crops(args, args.seed + 2), alphas_cumprod(args.device)
     held_back = to_tensor([image[:256, :256] for image in crops.validation], args.device)
@@ -377,26 +396,26 @@ def train_prior(args: argparse.Namespace) -> None:
         shape = (len(hr), LATENT_CHANNELS, hr.shape[2] // SCALE, hr.shape[3] // SCALE)
         return torch.randn(shape, generator=generator).to(args.device)
 
-    def loss_function(share: float) -> dict[str, torch.Tensor]:
+    def draw() -> tuple[torch.Tensor, ...]:
         batch_size, side = crops.draw_size(args.batch_size)
         hr = crops.hr(batch_size, SCALE * side)
-        indices = torch.randint(0, PRIOR_STEPS, (batch_size,), device=args.device)
-        return {"loss": denoising_loss(hr, indices, noise_like(hr))}
+        return hr, torch.randint(0, PRIOR_STEPS, (batch_size,), device=args.device), noise_like(hr)
+
+    def loss_function(share: float, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": denoising_loss(*batch)}
 
     def validate() -> dict[str, float]:
         noise = noise_like(held_back, torch.Generator().manual_seed(0))
         indices = {i: torch.full((len(held_back),), i, device=args.device) for i in (49, 99, 199, 249)}
         return {f"loss_{i + 1}": denoising_loss(held_back, index, noise).item() for i, index in indices.items()}
 
-    train(args, "prior", unet, args.minutes_prior, args.lr_prior, loss_function, validate)
+    train(args, "prior", unet, args.minutes_prior, args.lr_prior, draw, loss_function, validate)
 
 
 def train_predictor(args: argparse.Namespace) -> None:
     """Train the noise predictor through the frozen prior (section 3.2 of the paper): ẑ₀ against the HR latent."""
-    vae, latent_to_patch, decoder_is_trained = load_vae(args)
+    vae, latent_to_patch = load_vae(args)
     unet, abar = load_frozen(args, build_unet(), "prior"), alphas_cumprod(args.device)
-    if not decoder_is_trained:
-        raise SystemExit("The predictor's pixel loss needs a decoder: run `--stage autoencoder` first.")
     torch.manual_seed(args.seed + 3)
     predictor, crops = build_predictor(), Crops(args, args.seed + 3)
     with torch.no_grad():
@@ -404,10 +423,8 @@ def train_predictor(args: argparse.Namespace) -> None:
         predictor.encoder.conv_out.bias[LATENT_CHANNELS:] = -6.0
         predictor.encoder.conv_out.weight.mul_(0.1)
     rng = np.random.default_rng(args.seed)
-    held_back = to_tensor([image[y : y + 256, :256] for image in crops.validation for y in (0, image.shape[0] - 256)], args.device)  # fmt: skip # noqa: E501
-    held_back_lr = to_tensor(
-        [degrade((255 * x).round().byte().permute(1, 2, 0).cpu().numpy(), rng) for x in held_back], args.device
-    )
+    images = [image[y : y + 256, :256] for image in crops.validation for y in (0, image.shape[0] - 256)]
+    held_back, held_back_lr = to_tensor(images, args.device), to_tensor([degrade(x, rng) for x in images], args.device)
 
     def one_step(lr: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """Scaled latents ẑ₀ of the one-step estimate that starts at `steps` (counted from 1)."""
@@ -424,12 +441,14 @@ def train_predictor(args: argparse.Namespace) -> None:
         latents = (latents / vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
         return vae.decoder(latents).float() / 2 + 0.5
 
-    def loss_function(share: float) -> dict[str, torch.Tensor]:
+    def draw() -> tuple[torch.Tensor, ...]:
         batch_size, side = crops.draw_size(args.batch_size)
-        lr, hr = crops.pairs(batch_size, side)
-        steps = torch.tensor(STARTING_STEPS, device=args.device)[
-            torch.randint(0, 4, (batch_size,), device=args.device)
-        ]
+        steps = torch.tensor(STARTING_STEPS)[torch.randint(0, 4, (batch_size,))].to(args.device)
+        return *crops.pairs(batch_size, side), steps
+
+    def loss_function(
+        share: float, lr: torch.Tensor, hr: torch.Tensor, steps: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         target = vae.config.scaling_factor * vae.encode(2 * hr - 1).latents.float()
         estimate = one_step(lr, steps)
         latent_l2 = F.mse_loss(estimate, target)
@@ -437,49 +456,50 @@ def train_predictor(args: argparse.Namespace) -> None:
         patch_l2 = torch.einsum("bchw,cp->bphw", (estimate - target).float(), latent_to_patch).square().mean()
         losses = {"loss": 0.5 * latent_l2 + 40 * patch_l2, "latent_l2": latent_l2, "patch_l2": patch_l2}
         if share >= args.pixel_loss_from:
-            half = batch_size // 2  # decoding costs as much as all the rest: half of the batch is enough
+            half = (len(hr) + 1) // 2  # decoding costs as much as all the rest: half of the batch is enough
             pixel_l1 = (decode(estimate[:half]) - hr[:half]).abs().mean()
             losses |= {"loss": losses["loss"] + 2 * pixel_l1, "pixel_l1": pixel_l1}
         return losses
 
     def validate() -> dict[str, float]:
-        metrics = {}
+        results = {"bicubic": F.interpolate(held_back_lr, scale_factor=SCALE, mode="bicubic", align_corners=False)}
         for step in STARTING_STEPS:
-            result = decode(one_step(held_back_lr, torch.full((len(held_back),), step, device=args.device))).clamp(
-                0, 1
+            results[str(step)] = decode(
+                one_step(held_back_lr, torch.full((len(held_back),), step, device=args.device))
             )
-            metrics |= {f"natural_{step}": psnr(result[:4], held_back[:4])}
-            metrics |= {f"procedural_{step}": psnr(result[4:], held_back[4:])}
-        bicubic = F.interpolate(held_back_lr, scale_factor=SCALE, mode="bicubic", align_corners=False).clamp(0, 1)
-        return {"natural_bicubic": psnr(bicubic[:4], held_back[:4]), "procedural_bicubic": psnr(bicubic[4:], held_back[4:])} | metrics  # fmt: skip # noqa: E501
+        natural = {f"natural_{name}": psnr(x[:4].clamp(0, 1), held_back[:4]) for name, x in results.items()}
+        return natural | {f"procedural_{name}": psnr(x[4:].clamp(0, 1), held_back[4:]) for name, x in results.items()}
 
     vae.decoder.to(memory_format=torch.channels_last)
-    train(args, "predictor", predictor, args.minutes_predictor, args.lr_predictor, loss_function, validate)
+    train(args, "predictor", predictor, args.minutes_predictor, args.lr_predictor, draw, loss_function, validate)
 
 
 def assemble(args: argparse.Namespace) -> None:
     """Write the averaged weights of the latest checkpoints as a pipeline, in half precision."""
-    from diffusers_invsr import InvSRPipeline, InvSRScheduler
-
-    vae, _, _ = load_vae(args)
+    vae, _ = load_vae(args)
     pipeline = InvSRPipeline(
-        vae=vae,
+        vae=vae.half(),
         text_encoder=None,
         tokenizer=None,
-        unet=load_frozen(args, build_unet(), "prior"),
+        unet=load_frozen(args, build_unet(), "prior").half(),
         scheduler=InvSRScheduler(),
-        noise_predictor=load_frozen(args, build_predictor(), "predictor"),
+        noise_predictor=load_frozen(args, build_predictor(), "predictor").half(),
+        model_card={"license": "apache-2.0", "training_data": TRAINING_DATA},
     )
-    pipeline.half().save_pretrained(args.output)
+    pipeline.save_pretrained(args.output)
     size = sum(file.stat().st_size for file in args.output.rglob("*.safetensors"))
-    log(args, stage="assemble", predictor_iteration=load(args, "predictor")["iteration"], megabytes=size / 1e6)
+    log(args, stage="assemble", megabytes=size / 1e6)
+    # What a model card has to tell of the training: the last record of each stage.
+    logs = [args.work / f"log-{stage}.jsonl" for stage in STAGES]
+    records = [json.loads(path.read_text().splitlines()[-1]) for path in logs if path.is_file()]
+    (args.work / "training.json").write_text(json.dumps(records, indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if torch.device(args.device).type == "cpu":
+        torch.set_num_threads(1)  # the workers are the threads
     functions = dict(zip(STAGES, (make_pool, train_autoencoder, train_prior, train_predictor, assemble)))
     for stage in STAGES if args.stage == "all" else (args.stage,):
         functions[stage](args)

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from diffusers_invsr import InvSRPipeline
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -43,7 +47,7 @@ def save_sd_turbo(folder: Path, cases: dict):
     ).save_pretrained(folder)
 
 
-def enlarge(pipe: InvSRPipeline, **arguments) -> torch.Tensor:
+def enlarge(pipe: DiffusionPipeline, **arguments) -> torch.Tensor:
     """The result `(1, 3, 128, 128)` of a pipeline for an image and a seed that are always the same."""
     pipe.set_progress_bar_config(disable=True)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -27,8 +27,9 @@ PUBLISHED_MODEL_CARD = {
     "license_link": "https://github.com/zsyOAOA/InvSR/blob/master/LICENSE",
     "base_model": [PUBLISHED_BASE, PUBLISHED_REPO],
     "training_data": (
-        "The noise predictor was trained by its authors on LSDIR and the first 20,000 faces of FFHQ, with low-resolution"
-        " images made by the Real-ESRGAN degradation pipeline. The diffusion model is SD-Turbo, unchanged."
+        "The noise predictor was trained by its authors on LSDIR and the first 20,000 faces of FFHQ, with"
+        " low-resolution images made by the Real-ESRGAN degradation pipeline. The diffusion model is SD-Turbo,"
+        " unchanged."
     ),
 }
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -42,9 +43,9 @@ class FetchError(OSError):
     def __init__(self, source: str, cause: Exception):
         reason = str(cause).strip().split("\n")[0].rstrip(".")
         super().__init__(
-            f"{source!r} could not be fetched from the Hub ({type(cause).__name__}: {reason}): give the path of a local"
-            " copy instead, or use the small model that comes with the package (`TINY`, or `--model tiny` on the"
-            " command line)."
+            f"{source!r} could not be fetched from the Hub ({type(cause).__name__}: {reason}): give the path of a"
+            " local copy instead, or use the small model that comes with the package (`TINY`, or `--model tiny` on"
+            " the command line)."
         )
 
 
@@ -112,7 +113,8 @@ def check_state_dict(state_dict: dict[str, torch.Tensor], expected: dict[str, to
     ]
     if lists:
         raise ValueError(
-            f"{source!r} does not fit the noise predictor's configuration: of {len(expected)} tensors {'; '.join(lists)}."
+            f"{source!r} does not fit the noise predictor's configuration of {len(expected)} tensors:"
+            f" {'; '.join(lists)}."
         )
 
 
@@ -224,7 +226,7 @@ def convert(
             dtype=dtype or torch.float32,
             variant=variant,
             token=token,
-            model_card=model_card or noise_predictor.config["model_card"],
+            model_card=model_card,
         )
     except (OSError, HFValidationError) as error:
         raise error if os.path.isdir(base) else FetchError(base, error) from error

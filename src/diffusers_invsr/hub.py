@@ -4,6 +4,7 @@ import ast
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
@@ -84,12 +85,26 @@ def write_code(model, folder: str | os.PathLike):
             (folder / name / f"{__package__}.py").write_text(bundle(part.__name__), encoding="utf-8")
 
 
+def card_metadata(model) -> dict[str, Any]:
+    r"""
+    What is known of the weights: their licence, base model, training data, ...
+
+    Args:
+        model ([`InvSRPipeline`] or [`InvSRNoisePredictor`]): Its config holds it under `model_card`.
+
+    Returns:
+        `dict[str, Any]`: Metadata of a Hub card, and `training_data`, a text. A pipeline that has none of its own
+        takes its noise predictor's.
+    """
+    metadata = model.config.get("model_card")
+    if not metadata and isinstance(model, DiffusionPipeline):
+        metadata = model.noise_predictor.config.get("model_card")
+    return dict(metadata or {})
+
+
 def create_model_card(model, repo_id: str) -> ModelCard:
     r"""
     Fill in the template `model_card.md`.
-
-    What it says of the weights (their licence, training data, ...) stands in the model's config under `model_card`;
-    for a pipeline that has none, in its noise predictor's.
 
     Args:
         model ([`InvSRPipeline`] or [`InvSRNoisePredictor`]): What the card describes.
@@ -99,12 +114,9 @@ def create_model_card(model, repo_id: str) -> ModelCard:
         `ModelCard`: The card; its `save(path)` writes it.
     """
     is_pipeline = isinstance(model, DiffusionPipeline)
-    metadata = model.config.get("model_card")
-    if not metadata and is_pipeline:
-        metadata = model.noise_predictor.config.get("model_card")
-    metadata = dict(metadata or {})
+    metadata = card_metadata(model)
     training_data = metadata.pop("training_data", None)
-    base_model = metadata.get("base_model") or []
+    base_models = metadata.get("base_model") or []
     defaults = {
         "library_name": "diffusers",
         "pipeline_tag": "image-to-image",
@@ -119,7 +131,10 @@ def create_model_card(model, repo_id: str) -> ModelCard:
         repo_id=repo_id,
         is_pipeline=is_pipeline,
         scale=model.config["scale"] if is_pipeline else None,
-        base_models=[base_model] if isinstance(base_model, str) else base_model,
+        takes_text=not is_pipeline or model.takes_text,
+        license=metadata.get("license_name") or metadata.get("license"),
+        license_link=metadata.get("license_link"),
+        base_models=[base_models] if isinstance(base_models, str) else base_models,
         training_data=training_data,
     )
 

@@ -100,7 +100,7 @@ def plan_outputs(
             target = out / name.with_name(f"{name.stem}{suffix}_{number}{extension}")
         if target.exists() and _identity(target) in sources:
             raise ValueError(
-                f"The result for {show(source)} would replace the input {show(sources[_identity(target)])}: choose"
+                f"the result for {show(source)} would replace the input {show(sources[_identity(target)])}: choose"
                 " another output folder, or another `--suffix`, such as `--suffix _x4`."
             )
         taken.add(str(target).casefold())
@@ -136,8 +136,10 @@ def read_image(path: Path) -> tuple[Image.Image, int]:
     with Image.open(path) as image:
         # The second picture that phones put into a JPEG (MPO) is a preview or a depth map, not a frame.
         num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        image.load()
         exif = image.getexif()
+        for part in {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo} & set(exif):
+            exif.get_ifd(part)  # is read from the file, so before the pixels: a TIFF is closed after them
+        image.load()
         layout = TIFF_LAYOUT_TAGS | TIFF_PAYLOAD_TAGS if image.format == "TIFF" else set()
         for tag in layout & set(exif):
             del exif[tag]
@@ -190,7 +192,7 @@ def _with_size(data: bytes, size: tuple[int, int]) -> bytes:
     """EXIF data that states the size of the image, where it states one."""
     exif = Image.Exif()
     exif.load(data)
-    details = exif.get_ifd(ExifTags.IFD.Exif)
+    details = exif.get_ifd(ExifTags.IFD.Exif) if ExifTags.IFD.Exif in exif else {}
     for tag, side in zip((ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight), size):
         if tag in details:
             details[tag] = side

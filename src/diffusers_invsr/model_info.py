@@ -4,6 +4,8 @@ import weakref
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -37,6 +39,16 @@ class PeakMemory(TorchDispatchMode):
         self.live -= num_bytes
 
 
+class FusedAttention(TorchFunctionMode):
+    """Gives attention the memory of the fused kernels, which never hold the whole attention map."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            query, _, value, *_ = args
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def tile_memory(pipe: InvSRPipeline, tile_size: int) -> int:
     r"""
@@ -58,7 +70,7 @@ def tile_memory(pipe: InvSRPipeline, tile_size: int) -> int:
     latent = target // pipe.vae_scale_factor
     noise = torch.empty(2, 1, pipe.vae.config.latent_channels, latent, latent, device="meta")
     weights = [tensor for part in _networks(pipe).values() for tensor in (*part.parameters(), *part.buffers())]
-    with PeakMemory(weights) as memory:
+    with FusedAttention(), PeakMemory(weights) as memory:
         enlarged = torch.empty(1, 3, target, target, device="meta")
         latents = pipe.prepare_latents(lr, enlarged, timestep, noise)
         latents = pipe.unet(latents.to(pipe.unet.dtype), timestep, encoder_hidden_states=embeds).sample
@@ -107,6 +119,6 @@ def describe_model(pipe: InvSRPipeline, folder: Path) -> dict[str, str]:
         "size on disk": f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
         if files
         else "not a folder here",
-        "memory, weights": f"{num_bytes / 1e6:,.0f} MB in {str(pipe.dtype).removeprefix('torch.')}",
+        "memory, weights": f"{num_bytes / 1e6:,.0f} MB in {str(pipe.dtype).removeprefix('torch.')} (float16: 2 bytes each)",
         "memory, one tile": f"about {tile_memory(pipe, tile_size) / 1e6:,.0f} MB ({tile_size} to {size} pixels)",
     }

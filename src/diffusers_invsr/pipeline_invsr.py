@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -266,7 +266,7 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
 
     def _embed_fixed_prompts(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if self.fixed_prompt is not None:
-            return self.fixed_prompt.prompt_embeds, self.fixed_prompt.negative_prompt_embeds
+            return self.fixed_prompt()  # a call, so that hooks of offloading see it
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
                 "`prompt_embeds` have to be given: this pipeline has neither a text encoder nor embeddings of its own."
@@ -363,9 +363,25 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
         return self.scheduler.add_noise(latents, noise_map, timestep)
 
     def decode_image(self, latents: torch.Tensor) -> torch.Tensor:
-        """Image in [0, 1], float32, of latents as the UNet knows them."""
-        image = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
-        return (image.float() / 2 + 0.5).clamp(0, 1)
+        r"""
+        Image of latents: `D(z / c) / 2 + 1 / 2`, clamped to [0, 1].
+
+        Args:
+            latents (`torch.Tensor`): Latents `(batch, channels, h, w)`, scaled as the UNet knows them.
+
+        Returns:
+            `torch.Tensor`: Image `(batch, 3, height, width)` in float32.
+
+        Raises:
+            FloatingPointError: If the VAE overflows, as some do in float16, which would make the image black.
+        """
+        image = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+        if not image.isfinite().all():
+            raise FloatingPointError(
+                f"The VAE's result is not finite in {self.vae.dtype}: load the pipeline with `dtype=torch.bfloat16` or"
+                " `dtype=torch.float32`."
+            )
+        return (image / 2 + 0.5).clamp(0, 1)
 
     def cut_into_tiles(
         self,
@@ -480,6 +496,7 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
         Raises:
             ValueError: If an argument is out of range or contradicts another one.
             TypeError: If `image` is of an unknown type.
+            FloatingPointError: If a component overflows in its number type.
 
         Examples:
 
@@ -533,29 +550,32 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, device
         )
 
-        # 4. Cut each run of images of one size into tiles
-        runs = []
+        # 4. Cut the images into tiles; a run of images of one size goes through the networks together
+        runs, batches = [], []
         for _, members in groupby(range(len(inputs)), key=lambda i: inputs[i].pixels.shape):
-            first, *_, last = [*members] * 2
-            run = slice(first, last + 1)
-            runs.append((run, self.cut_into_tiles(inputs[run], scale, target_size, tile_size, tile_overlap)))
+            members = list(members)
+            run = slice(members[0], members[-1] + 1)
+            grid = self.cut_into_tiles(inputs[run], scale, target_size, tile_size, tile_overlap)
+            blender = self.prepare_blender(grid, len(members), output_type)
+            runs.append((grid, blender))
+            corners = list(grid)
+            for first in range(0, len(corners), tile_batch_size):
+                batches.append((run, grid, blender, corners[first : first + tile_batch_size]))
 
-        results = []
-        progress_bar = self.progress_bar(total=len(indices) * sum(len(grid) for _, grid in runs))
-        for run, grid in runs:
-            batch_size = run.stop - run.start
-            blender = self.prepare_blender(grid, batch_size, output_type)
-            run_generator = generator[run] if isinstance(generator, list) else generator
-            corners = iter(grid)
-            while batch := list(islice(corners, tile_batch_size)):
-                lr, enlarged = (torch.cat(tiles).to(device) for tiles in zip(*(grid.cut(*corner) for corner in batch)))
-                prompt_embeds = self._repeat(all_prompt_embeds, run, len(batch))
-                negative_prompt_embeds = self._repeat(all_negative_prompt_embeds, run, len(batch))
+        with self.progress_bar(total=len(indices) * sum(len(grid) for grid, _ in runs)) as progress_bar:
+            for run, grid, blender, corners in batches:
+                if self.interrupt:
+                    continue
+                batch_size = run.stop - run.start
+                lr, enlarged = (torch.cat(tiles).to(device) for tiles in zip(*(grid.cut(*at) for at in corners)))
+                prompt_embeds = self._repeat(all_prompt_embeds, run, len(corners))
+                negative_prompt_embeds = self._repeat(all_negative_prompt_embeds, run, len(corners))
 
                 # 5. Draw the noise tile by tile, so that the result does not depend on how tiles are batched
+                run_generator = generator[run] if isinstance(generator, list) else generator
                 num_maps = 2 + (len(indices) - 1 if eta > 0 else 0)
                 noise = [
-                    self.prepare_noise(batch_size, *lr.shape[-2:], num_maps, run_generator, device) for _ in batch
+                    self.prepare_noise(batch_size, *lr.shape[-2:], num_maps, run_generator, device) for _ in corners
                 ]
                 noise = torch.cat(noise, dim=1)
 
@@ -587,20 +607,16 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
                         latents = callback_outputs.pop("latents", latents)
                         prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                         negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
-                    progress_bar.update(len(batch))
+                    progress_bar.update(len(corners))
 
                 # 8. Decode and blend
                 output = latents if output_type == "latent" else self.decode_image(latents)
-                for corner, tile in zip(batch, output.split(batch_size)):
+                for corner, tile in zip(corners, output.split(batch_size)):
                     blender.add(tile, *corner)
-                if self.interrupt:
-                    break
 
-            result = blender.sum
-            if color_fix is not None and output_type != "latent":
-                result = apply_color_fix(result, grid.enlarged_rows, color_fix)
-            results.append(result)
-        progress_bar.close()
+        results = [blender.sum for _, blender in runs]
+        if color_fix is not None and output_type != "latent":
+            results = [apply_color_fix(blender.sum, grid.enlarged_rows, color_fix) for grid, blender in runs]
 
         # 9. Give the images in the type that was asked for
         images = self.image_processor.postprocess(results, inputs, output_type)

@@ -1,0 +1,236 @@
+"""Publishing and loading through the real Hub client, with and without the package installed."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from hub_server import serve
+from subprocesses import make_environment_without, run
+
+from diffusers_invsr.hub import MODULES, bundle
+
+
+CODE_FILES = {
+    "pipeline.py",
+    "noise_predictor/diffusers_invsr.py",
+    "scheduler/diffusers_invsr.py",
+    "fixed_prompt/diffusers_invsr.py",
+}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with serve() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("hub")
+
+
+def publish(fixtures: str) -> dict:
+    """Make a pipeline, save it and push it and its predictor."""
+    import json
+    from pathlib import Path
+
+    import torch
+    from sd_turbo import enlarge, save_sd_turbo
+
+    from diffusers_invsr import InvSRPipeline, convert
+
+    cases = json.loads(Path(fixtures, "cases.json").read_text())
+    save_sd_turbo(Path("base"), cases)
+    convert(f"{fixtures}/noise_predictor_original.pth", "base", "converted", config=cases["noise_predictor"])
+
+    pipe = InvSRPipeline.from_pretrained("converted")
+    pipe.drop_text_encoder()
+    pipe.push_to_hub("pushed")
+    pipe.noise_predictor.push_to_hub("predictor")
+    pipe = pipe.to(dtype=torch.float16)
+    pipe.save_pretrained("saved", variant="fp16", push_to_hub=True, repo_id="user/saved")
+    pipe.push_to_hub("variants")
+    pipe.push_to_hub("variants", variant="fp16")
+
+    torch.save(enlarge(InvSRPipeline.from_pretrained("converted")), "expected.pt")
+    return {"converted": sorted(str(path.relative_to("saved")) for path in Path("saved").rglob("*"))}
+
+
+@pytest.fixture(scope="module")
+def published(hub, workplace) -> Path:
+    """A folder with the pipeline in `converted` and its result in `expected.pt`; its repositories are on the Hub."""
+    run(publish, str(Path(__file__).parent / "fixtures"), home=workplace / "author", hub=hub.url)
+    return workplace / "author"
+
+
+def load_installed(expected: str) -> dict:
+    """Load from the Hub in every way there is with the package installed; returns each way's largest difference."""
+    import torch
+    from diffusers import DiffusionPipeline
+    from sd_turbo import enlarge
+
+    import diffusers_invsr
+    from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline
+
+    expected = torch.load(expected)
+    ways = {
+        "InvSRPipeline": lambda: InvSRPipeline.from_pretrained("user/pushed"),
+        "DiffusionPipeline": lambda: DiffusionPipeline.from_pretrained("user/pushed"),
+        "noise_predictor": lambda: InvSRPipeline.from_pretrained(
+            "user/pushed", noise_predictor=InvSRNoisePredictor.from_pretrained("user/predictor")
+        ),
+        "load_noise_predictor": lambda: InvSRPipeline.from_pretrained(
+            "user/pushed", noise_predictor=diffusers_invsr.load_noise_predictor("user/predictor")
+        ),
+        "fp16 variant": lambda: InvSRPipeline.from_pretrained("user/variants", variant="fp16", dtype=torch.float16).to(
+            dtype=torch.float32
+        ),
+        "saved and pushed": lambda: DiffusionPipeline.from_pretrained("user/saved", variant="fp16"),
+        "balanced": lambda: DiffusionPipeline.from_pretrained("user/pushed", device_map="balanced"),
+    }
+    return {name: (enlarge(load()) - expected).abs().max().item() for name, load in ways.items()}
+
+
+def test_load_installed(hub, workplace, published):
+    differences = run(load_installed, str(published / "expected.pt"), home=workplace / "installed", hub=hub.url)
+    for way, difference in differences.items():
+        assert difference < (2e-2 if way in ("fp16 variant", "saved and pushed") else 1e-5), way
+    assert not (workplace / "installed" / "cache" / "modules" / "diffusers_modules").exists(), "remote code was loaded"
+
+
+def load_without_package(expected: str) -> dict:
+    """Load from the Hub and from a copy of a repository without the package."""
+    import importlib.util
+    import sys
+
+    import torch
+    from diffusers import DiffusionPipeline
+    from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+    from huggingface_hub import snapshot_download
+    from sd_turbo import enlarge
+
+    expected = torch.load(expected)
+    found = importlib.util.find_spec("diffusers_invsr")
+    remote_code = {"custom_pipeline": "pipeline", "trust_remote_code": True}
+    snapshot = snapshot_download("user/pushed", local_dir="copy")
+    results = {}
+    for name, source in {"Hub": "user/pushed", "copy": snapshot}.items():
+        pipe = DiffusionPipeline.from_pretrained(source, **remote_code)
+        results[name] = (enlarge(pipe) - expected).abs().max().item()
+    pipe.save_pretrained("again")
+    results["from_pipe"] = (enlarge(type(pipe).from_pipe(pipe)) - expected).abs().max().item()
+
+    predictor_class = get_class_from_dynamic_module(
+        "user/predictor", "diffusers_invsr.py", class_name="InvSRNoisePredictor", trust_remote_code=True
+    )
+    pipe.register_modules(noise_predictor=predictor_class.from_pretrained("user/predictor"))
+    results["noise_predictor"] = (enlarge(pipe) - expected).abs().max().item()
+
+    with_text = DiffusionPipeline.from_pretrained("user/saved", variant="fp16", **remote_code)
+    results["dtype"] = str(with_text.to(dtype=torch.float16).unet.dtype)
+    try:
+        DiffusionPipeline.from_pretrained("user/pushed", custom_pipeline="pipeline")
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    imported = "diffusers_invsr" in sys.modules
+    return {"found": found is not None or imported, "differences": results, "refused": refused}
+
+
+def test_load_without_package(hub, workplace, published):
+    python = make_environment_without("diffusers_invsr", workplace / "environment")
+    home = workplace / "stranger"
+    result = run(load_without_package, str(published / "expected.pt"), home=home, hub=hub.url, python=python)
+    assert not result["found"]
+    assert "trust_remote_code" in result["refused"]
+    assert result["differences"].pop("dtype") == "torch.float16"
+    assert max(result["differences"].values()) < 1e-5, result["differences"]
+    # What is saved from there names the package, so that it loads where the package is installed.
+    index = json.loads((home / "again" / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers_invsr", "InvSRScheduler"]
+
+
+def test_repositories(hub, published):
+    assert set(hub.files("user/pushed")) == CODE_FILES | {
+        ".gitattributes",
+        "README.md",
+        "model_index.json",
+        "fixed_prompt/config.json",
+        "fixed_prompt/diffusion_pytorch_model.safetensors",
+        "noise_predictor/config.json",
+        "noise_predictor/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    assert set(hub.files("user/predictor")) == {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "diffusers_invsr.py",
+        "diffusion_pytorch_model.safetensors",
+    }
+    assert set(hub.files("user/saved")) > CODE_FILES
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in hub.files("user/variants")
+
+
+@pytest.mark.parametrize("repo", ["user/pushed", "user/predictor", "user/saved"])
+def test_no_local_path_is_published(hub, published, repo):
+    for path, content in hub.files(repo).items():
+        if path.endswith((".json", ".md", ".py")):
+            assert str(published).encode() not in content, path
+            assert b"_name_or_path" not in content or path.endswith(".py"), path
+            assert b"converted" not in content or not path.endswith(".json"), path
+
+
+@pytest.mark.parametrize("repo", ["user/pushed", "user/predictor", "user/saved"])
+def test_card(hub, published, repo):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(hub.files(repo)["README.md"].decode())
+    assert card.data.license == "other"
+    assert card.data.license_name and card.data.license_link
+    assert card.data.base_model == ["stabilityai/sd-turbo", "OAOA/InvSR"]
+    assert card.data.pipeline_tag == "image-to-image"
+    assert card.data.library_name == "diffusers"
+    assert "invsr" in card.data.tags
+    assert card.data.metrics
+    for text in (
+        f'from_pretrained("{repo}"',
+        "non-commercial",
+        "Stability AI Community License",
+        "## Limits",
+        "LSDIR",
+    ):
+        assert text in card.text
+
+
+def push_again():
+    """Edit a card as its owner would, and push the model once more."""
+    from huggingface_hub import ModelCard
+
+    from diffusers_invsr import InvSRPipeline
+
+    card = ModelCard.load("user/pushed")
+    card.text += "\nAn owner's remark.\n"
+    card.push_to_hub("user/pushed")
+    InvSRPipeline.from_pretrained("user/pushed").push_to_hub("user/pushed")
+
+
+def test_edited_card_is_kept(hub, workplace, published):
+    run(push_again, home=workplace / "author", hub=hub.url)
+    card = hub.files("user/pushed")["README.md"].decode()
+    assert card.count("An owner's remark.") == 1
+    assert card.count("## Limits") == 1
+
+
+@pytest.mark.parametrize("class_name", MODULES)
+def test_bundle_is_self_contained(class_name):
+    body = ast.parse(bundle(class_name)).body
+    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in body)
+    defined = [node.name for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    assert len(defined) == len(set(defined)), "modules that are put together define the same name"
+    assert class_name in defined
