@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from pca_autoencoder import LATENT_CHANNELS, build_vae, set_pca_encoder
 from PIL import Image
 from procedural import make_image
 from simple_degradation import SCALE, degrade
@@ -42,8 +43,6 @@ from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler
 
 STAGES = ("pool", "autoencoder", "prior", "predictor", "assemble")
 VALIDATION_PHOTOGRAPHS = (8, 15)  # of Kodak 1 to 16
-LATENT_CHANNELS = 16
-RAW_LATENT_GAIN = 0.35  # keeps the PCA latents inside the range that DecoderTiny's tanh(x / 3) passes almost unchanged
 STARTING_STEPS = (250, 200, 150, 100)  # as the paper counts, from 1
 PRIOR_STEPS = 260  # the prior learns schedule indices 0 to 259
 LR_SIZES = (32, 48)  # patch sides in LR (and latent) pixels; the larger ones keep GroupNorm's statistics honest
@@ -115,13 +114,16 @@ def log(args: argparse.Namespace, **record) -> None:
 class Crops:
     """Random crops: half from photographs, half from the procedural pool, in the eight orientations."""
 
-    def __init__(self, args: argparse.Namespace, seed: int):
+    def __init__(self, args: argparse.Namespace, stage: str):
         photographs = {n: np.asarray(Image.open(args.kodak / f"kodim{n:02d}.png")) for n in range(1, 17)}
         procedural = load(args, "pool")["images"]
         self.validation = [photographs.pop(n) for n in VALIDATION_PHOTOGRAPHS] + list(procedural[-4:])
         self.natural, self.procedural = list(photographs.values()), procedural[:-4]
         self.device = args.device
-        self.rng = np.random.default_rng(seed)
+        # A resumed stage goes on to other samples.
+        finished = load(args, stage)["iteration"] if (args.work / f"{stage}.pt").is_file() else 0
+        torch.manual_seed(args.seed + finished)
+        self.rng = np.random.default_rng((args.seed, STAGES.index(stage), finished))
 
     def crop(self, size: int, natural: bool) -> np.ndarray:
         source = self.natural if natural else self.procedural
@@ -157,16 +159,6 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> float:
 # Models
 
 
-def build_vae() -> AutoencoderTiny:
-    return AutoencoderTiny(
-        latent_channels=LATENT_CHANNELS,
-        encoder_block_out_channels=(48, 48, 48),
-        decoder_block_out_channels=(48, 48, 48),
-        num_encoder_blocks=(0, 0, 0),
-        num_decoder_blocks=(2, 2, 1),
-    )
-
-
 def build_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=LR_SIZES[0],
@@ -199,54 +191,6 @@ def alphas_cumprod(device: str) -> torch.Tensor:
     """The cumulative products of 1 - beta of Stable Diffusion's "scaled_linear" schedule."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return (1 - betas).cumprod(0).float().to(device)
-
-
-def to_patches(image: np.ndarray) -> np.ndarray:
-    """The 4x4 patches of an image in [0, 1], (number, 48), in the order in which the encoder gathers their pixels."""
-    image = image[: image.shape[0] // 4 * 4, : image.shape[1] // 4 * 4].astype(np.float64) / 255
-    blocks = image.reshape(image.shape[0] // 4, 2, 2, -1, 2, 2, 3)  # rows, y1, y0, columns, x1, x0, RGB
-    return blocks.transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, 48)
-
-
-def set_pca_encoder(vae: AutoencoderTiny, photographs: list[np.ndarray], procedural: np.ndarray) -> torch.Tensor:
-    """
-    Set the encoder to space-to-depth followed by a PCA of 4x4 RGB patches, and the scaling factor to match.
-
-    An encoder without blocks is linear: two strided convolutions, which here gather 2x2 neighbourhoods with single
-    taps, and an output convolution, which here holds the components in its central tap. A component of standard
-    deviation s is scaled by s**-1/2: halfway between the metric of pixels and whitening, so that noise hides fine
-    components before coarse ones, as in other latent spaces, but does not drown them.
-
-    Returns:
-        `torch.Tensor`: The map from latents to patches, (channels, 48), for a loss in the metric of pixels.
-    """
-    natural = np.concatenate([to_patches(image) for image in photographs])
-    drawn = np.concatenate([to_patches(image) for image in procedural[:64]])
-    mean = natural.mean(axis=0)
-    covariance = sum(w * (x - mean).T @ (x - mean) / len(x) for w, x in ((0.75, natural), (0.25, drawn)))
-    variances, components = np.linalg.eigh(covariance)
-    order = np.argsort(-variances)[:LATENT_CHANNELS]
-    components, scales = components[:, order].T, RAW_LATENT_GAIN * variances[order] ** -0.25
-    projection = components * scales[:, None]
-
-    convolutions = [layer for layer in vae.encoder.layers if isinstance(layer, torch.nn.Conv2d)]
-    with torch.no_grad():
-        for convolution in convolutions:
-            convolution.weight.zero_()
-            if convolution.bias is not None:
-                convolution.bias.zero_()
-        for c in range(3):
-            convolutions[0].weight[c, c, 1, 1] = 1
-        # With stride 2 and padding 1, taps 1 and 2 of a 3x3 kernel see the pixels 2i and 2i + 1.
-        for convolution, width in zip(convolutions[1:3], (3, 12)):
-            for position in range(4):
-                for c in range(width):
-                    convolution.weight[position * width + c, c, 1 + position // 2, 1 + position % 2] = 1
-        convolutions[3].weight[:, :, 1, 1] = torch.from_numpy(projection).float()
-        convolutions[3].bias.copy_(torch.from_numpy(-projection @ mean))
-    scaling_factor = float(1 / ((natural - mean) @ projection.T).std())
-    vae.register_to_config(scaling_factor=scaling_factor)
-    return torch.from_numpy(components / scales[:, None] / scaling_factor).float()
 
 
 def load_vae(args: argparse.Namespace, trained: bool = True) -> tuple[AutoencoderTiny, torch.Tensor]:
@@ -304,9 +248,8 @@ def train(args, stage, model, minutes, learning_rate, draw, loss_function, valid
     while seconds < budget:
         share = seconds / budget
         for group in optimizer.param_groups:
-            group["lr"] = (
-                learning_rate * min(1, (iteration + 1) / 200) * (0.01 + 0.495 * (1 + math.cos(math.pi * share)))
-            )
+            decay = 0.01 + 0.495 * (1 + math.cos(math.pi * share))
+            group["lr"] = learning_rate * min(1, (iteration + 1) / 200) * decay
         chunks = list(zip(*(tensor.split(args.chunk_size) for tensor in batch)))
         futures = [workers.submit(gradients, chunk, share) for chunk in chunks]
         weights = [len(chunk[0]) / len(batch[0]) for chunk in chunks]
@@ -358,7 +301,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
     """Train the decoder to invert the fixed encoder, with L1 and a little MSE (which punishes isolated errors)."""
     vae, _ = load_vae(args, trained=False)
     decoder = vae.decoder.requires_grad_(True)
-    crops = Crops(args, args.seed + 1)
+    crops = Crops(args, "autoencoder")
     validation = to_tensor([image[:256, :256] for image in crops.validation], args.device)
 
     def draw() -> tuple[torch.Tensor]:
@@ -382,8 +325,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
 def train_prior(args: argparse.Namespace) -> None:
     """Train the diffusion model to predict the noise in scaled latents, at the noise levels that sampling visits."""
     vae, _ = load_vae(args, trained=False)
-    torch.manual_seed(args.seed + 2)
-    unet, crops, abar = build_unet(), Crops(args, args.seed + 2), alphas_cumprod(args.device)
+    crops, unet, abar = Crops(args, "prior"), build_unet(), alphas_cumprod(args.device)
     held_back = to_tensor([image[:256, :256] for image in crops.validation], args.device)
 
     def denoising_loss(hr: torch.Tensor, indices: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -416,8 +358,7 @@ def train_predictor(args: argparse.Namespace) -> None:
     """Train the noise predictor through the frozen prior (section 3.2 of the paper): ẑ₀ against the HR latent."""
     vae, latent_to_patch = load_vae(args)
     unet, abar = load_frozen(args, build_unet(), "prior"), alphas_cumprod(args.device)
-    torch.manual_seed(args.seed + 3)
-    predictor, crops = build_predictor(), Crops(args, args.seed + 3)
+    crops, predictor = Crops(args, "predictor"), build_predictor()
     with torch.no_grad():
         # Under L2 the best standard deviation is nearly zero. Starting at exp(-3) saves the time to unlearn one of 1.
         predictor.encoder.conv_out.bias[LATENT_CHANNELS:] = -6.0
@@ -446,9 +387,7 @@ def train_predictor(args: argparse.Namespace) -> None:
         steps = torch.tensor(STARTING_STEPS)[torch.randint(0, 4, (batch_size,))].to(args.device)
         return *crops.pairs(batch_size, side), steps
 
-    def loss_function(
-        share: float, lr: torch.Tensor, hr: torch.Tensor, steps: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def loss_function(share: float, lr: torch.Tensor, hr: torch.Tensor, steps: torch.Tensor) -> dict:
         target = vae.config.scaling_factor * vae.encode(2 * hr - 1).latents.float()
         estimate = one_step(lr, steps)
         latent_l2 = F.mse_loss(estimate, target)
@@ -464,9 +403,8 @@ def train_predictor(args: argparse.Namespace) -> None:
     def validate() -> dict[str, float]:
         results = {"bicubic": F.interpolate(held_back_lr, scale_factor=SCALE, mode="bicubic", align_corners=False)}
         for step in STARTING_STEPS:
-            results[str(step)] = decode(
-                one_step(held_back_lr, torch.full((len(held_back),), step, device=args.device))
-            )
+            steps = torch.full((len(held_back),), step, device=args.device)
+            results[str(step)] = decode(one_step(held_back_lr, steps))
         natural = {f"natural_{name}": psnr(x[:4].clamp(0, 1), held_back[:4]) for name, x in results.items()}
         return natural | {f"procedural_{name}": psnr(x[4:].clamp(0, 1), held_back[4:]) for name, x in results.items()}
 
@@ -484,7 +422,7 @@ def assemble(args: argparse.Namespace) -> None:
         unet=load_frozen(args, build_unet(), "prior").half(),
         scheduler=InvSRScheduler(),
         noise_predictor=load_frozen(args, build_predictor(), "predictor").half(),
-        model_card={"license": "apache-2.0", "training_data": TRAINING_DATA},
+        model_card={"license": "cc0-1.0", "training_data": TRAINING_DATA},
     )
     pipeline.save_pretrained(args.output)
     size = sum(file.stat().st_size for file in args.output.rglob("*.safetensors"))

@@ -29,8 +29,8 @@ __all__ = [
 TINY = str(Path(__file__).parent / "tiny")
 """Folder of the small model that comes with the package, for `InvSRPipeline.from_pretrained`."""
 
-# What diffusers needs to find these classes by the names in a model_index.json (["diffusers_invsr", "InvSRScheduler"]):
-# it records a class's `__module__`, looks the library up in `diffusers.pipelines` and the pipeline in `diffusers`.
+# What diffusers needs to find these classes by the names in a model_index.json, ["diffusers_invsr", "InvSRScheduler"].
+# It records a class's `__module__`, looks the library up in `diffusers.pipelines` and the pipeline in `diffusers`.
 for _class in (InvSRNoisePredictor, InvSRPipeline, InvSRPromptEmbeds, InvSRScheduler):
     _class.__module__ = __name__
 diffusers.pipelines.diffusers_invsr = sys.modules[__name__]

@@ -3,7 +3,6 @@
 import logging
 import shutil
 import sys
-import textwrap
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,17 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from . import __version__
+from .cli_models import choose_device, describe, fail, load_pipeline
 from .image_files import FORMATS, IMAGE_SUFFIXES, check_side, find_images, plan_outputs, read_image, save_image, show
 
 
 if TYPE_CHECKING:
-    import torch
-
     from .pipeline_invsr import InvSRPipeline
 
 
 app = typer.Typer(
-    help="InvSR super-resolution: enlarge images by diffusion inversion, in any number of steps.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -37,8 +34,6 @@ Model = Annotated[
         " Or the folder of a saved pipeline, or its id on the Hub.",
     ),
 ]
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def main():
@@ -106,7 +101,9 @@ def upscale(
     ] = "none",
     seed: Annotated[int, typer.Option(min=0, help="Seed, the same for each file.")] = 0,
     device: Annotated[str, typer.Option(help="auto (cuda, else mps, else cpu) or a device of PyTorch.")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="auto: float16 on cuda, else float32.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="auto: float16 on cuda, else float32.")
+    ] = "auto",
     image_format: Annotated[
         Literal["keep", "png", "jpg", "webp"],
         typer.Option("--format", help="keep: the input's where it is png, jpg or webp, else png."),
@@ -183,58 +180,6 @@ def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[
         raise typer.BadParameter(str(error), param_hint="'--out'") from None
 
 
-def choose_device(device: str, dtype: str) -> tuple["torch.device", "torch.dtype"]:
-    """The device and the number type that `auto` stands for, or those that were named."""
-    import torch
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"{device!r} cannot be used: {describe(error)}", param_hint="'--device'") from None
-    if dtype == "auto":
-        dtype = "float16" if device.type == "cuda" else "float32"
-    return device, getattr(torch, dtype)
-
-
-def load_pipeline(
-    model: str, device: "torch.device | str" = "cpu", dtype: "torch.dtype | None" = None
-) -> "InvSRPipeline":
-    """Load what `--model` names. Where that fails, one sentence says what else there is, and the program ends."""
-    from diffusers.utils.logging import disable_progress_bar
-    from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
-
-    from . import TINY, InvSRPipeline
-    from .conversion import FetchError
-    from .conversion import convert as convert_to_pipeline
-
-    disable_progress_bar()
-    disable_transformers_progress_bar()
-    path = Path(TINY if model == "tiny" else model)
-    if path.exists() and not (path / "model_index.json").is_file():
-        fail(
-            f"{model!r} is not a saved pipeline: it has no model_index.json. A noise predictor by itself becomes one"
-            " with `diffusers-invsr convert`."
-        )
-    if not path.exists() and model != "sd-turbo" and model.strip("./").count("/") != 1:
-        fail(f"{model!r} is neither tiny, sd-turbo, a folder here nor an id on the Hub (owner/name).")
-    try:
-        if model == "sd-turbo":
-            pipe = convert_to_pipeline(dtype=dtype)
-        else:
-            pipe = InvSRPipeline.from_pretrained(str(path) if path.exists() else model, dtype=dtype)
-    except FetchError as error:
-        fail(str(error))
-    except Exception as error:
-        if path.exists():
-            fail(f"{model!r} cannot be loaded as an InvSR pipeline: {describe(error)}")
-        if not isinstance(error, (OSError, ValueError)):
-            raise
-        fail(str(FetchError(model, error.__cause__ or error)))
-    return pipe.to(device)
-
-
 def check_options(pipe: "InvSRPipeline", options: dict):
     """Raises a usage error for options that the pipeline would refuse for any image."""
     tile_size = pipe.config.tile_size if options["tile_size"] == "auto" else options["tile_size"]
@@ -279,7 +224,7 @@ def upscale_files(pipe: "InvSRPipeline", outputs: dict[Path, Path], options: dic
                 num_skipped += 1
                 continue
             pipe.set_progress_bar_config(
-                desc=source.name, unit="tile step", leave=False, position=0 if single else 1, disable=None,
+                desc=source.name, unit="step", leave=False, position=0 if single else 1, disable=None,
                 dynamic_ncols=True,
             )  # fmt: skip
             try:
@@ -322,11 +267,15 @@ def convert(
             exists=True, dir_okay=False, metavar="JSON", help="Configuration of the predictor, if not the published."
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Number type to save in; auto: as the files are.")] = "auto",
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="Number type of the saved weights.")
+    ] = "float32",
     drop_text_encoder: Annotated[
         bool, typer.Option("--drop-text-encoder", help="Keep the embeddings of the fixed prompts instead.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the pipeline that the folder holds.")
+    ] = False,
 ):
     """Make a pipeline of a noise predictor and the diffusion model it belongs to."""
     import torch
@@ -339,16 +288,16 @@ def convert(
             base=base,
             output=out,
             config=config,
-            dtype=None if dtype == "auto" else getattr(torch, dtype),
+            dtype=getattr(torch, dtype),
             overwrite=overwrite,
         )
+        if drop_text_encoder:
+            pipe.drop_text_encoder()
+            pipe.save_pretrained(out)
+            for name in ("text_encoder", "tokenizer"):
+                shutil.rmtree(out / name)
     except (OSError, ValueError) as error:
         fail(describe(error))
-    if drop_text_encoder:
-        pipe.drop_text_encoder()
-        pipe.save_pretrained(out)
-        for name in ("text_encoder", "tokenizer"):
-            shutil.rmtree(out / name)
     typer.echo(f"{predictor} + {base} -> {show(out.absolute())}")
 
 
@@ -381,22 +330,8 @@ def info(model: Annotated[str, typer.Argument(metavar="tiny|sd-turbo|PATH|HUB_ID
         typer.echo(f"{name + ':':<22} {value}")
 
 
-def describe(error: BaseException) -> str:
-    """An error in one line."""
-    text = textwrap.shorten(str(error), 400) or type(error).__name__
-    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in OUT_OF_MEMORY):
-        return "the memory is not enough; lower --tile-size (or --tile-batch-size)."
-    return text
-
-
 def report(message: str):
     """Tell of a failure, beside the progress bars."""
     from tqdm import tqdm
 
     tqdm.write(message, file=sys.stderr)
-
-
-def fail(message: str):
-    """Tell why nothing can be done, and end."""
-    typer.echo(f"Error: {message}", err=True)
-    raise typer.Exit(1)

@@ -143,6 +143,7 @@ def load_noise_predictor(
 
     Raises:
         FetchError: If it could not be fetched from the Hub.
+        FileNotFoundError: If `source` is the path of a checkpoint that does not exist.
         ValueError: If names or shapes in the checkpoint are not those of the configuration.
     """
     name = f"{PUBLISHED_REPO}/{PUBLISHED_FILE}" if source == PUBLISHED_REPO else str(source)
@@ -162,9 +163,13 @@ def load_noise_predictor(
         model = InvSRNoisePredictor.from_config({"model_card": PUBLISHED_MODEL_CARD, **(config or {})})
     file = name
     if not os.path.isfile(name):
-        owner, repo, *path = name.split("/") if name.count("/") > 1 else ("", "", name)
+        if name.count("/") < 2 or name.startswith((".", "/", "~")):
+            raise FileNotFoundError(
+                f"`source={name!r}` is neither a file nor one on the Hub (`owner/repository/file`)."
+            )
+        owner, repo, path = name.split("/", 2)
         try:
-            file = hf_hub_download(f"{owner}/{repo}", "/".join(path), token=token, revision=revision)
+            file = hf_hub_download(f"{owner}/{repo}", path, token=token, revision=revision)
         except (OSError, HFValidationError) as error:
             raise FetchError(name, error) from error
     state_dict = read_checkpoint(file)

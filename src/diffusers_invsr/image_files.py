@@ -53,7 +53,7 @@ def find_images(inputs: list[str], out: Path) -> tuple[dict[Path, Path], list[st
             root = Path(re.split(r"[^/\\]*[*?[]", str(path), maxsplit=1)[0])
             matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
             files = [file for match in matches for file in (_images_below(match) if match.is_dir() else [match])]
-            files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+            files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
         if root.resolve() in out.parents:
             files = [file for file in files if path == file or out not in file.resolve().parents]
         for file in files:

@@ -107,6 +107,7 @@ def describe_model(pipe: InvSRPipeline, folder: Path) -> dict[str, str]:
     files = [file for file in folder.rglob("*") if file.is_file()] if folder.is_dir() else []
     tile_size = pipe.config.tile_size
     size = tile_size * pipe.config.scale
+    dtype = str(pipe.dtype).removeprefix("torch.")
     has_text_encoder = pipe.text_encoder is not None
     text = "yes" if has_text_encoder else "no (fixed prompts)" if pipe.takes_text else "no (the model takes no text)"
     return {
@@ -119,6 +120,6 @@ def describe_model(pipe: InvSRPipeline, folder: Path) -> dict[str, str]:
         "size on disk": f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
         if files
         else "not a folder here",
-        "memory, weights": f"{num_bytes / 1e6:,.0f} MB in {str(pipe.dtype).removeprefix('torch.')} (float16: 2 bytes each)",
+        "memory, weights": f"{num_bytes / 1e6:,.0f} MB in {dtype} (in float16: 2 bytes a parameter)",
         "memory, one tile": f"about {tile_memory(pipe, tile_size) / 1e6:,.0f} MB ({tile_size} to {size} pixels)",
     }

@@ -19,21 +19,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from .color_fix import COLOR_FIXES, apply_color_fix
 from .hub import HubMixin
 from .image_processor import InputImage, InvSRImageProcessor
-from .prompt_embeds import InvSRPromptEmbeds
+from .prompt_embeds import NEGATIVE_PROMPT, PROMPT, FixedPromptMixin
 from .tiling import TileBlender, TileGrid
 
 
 logger = logging.get_logger(__name__)
 
-# The fixed prompts of the published weights.
-PROMPT = (
-    "Cinematic, high-contrast, photo-realistic, 8k, ultra HD, meticulous detailing, hyper sharpness, perfect without"
-    " deformations"
-)
-NEGATIVE_PROMPT = (
-    "Low quality, blurring, jpeg artifacts, deformed, over-smooth, cartoon, noisy,painting, drawing, sketch,"
-    " oil painting"
-)
 MIN_SCALE, MAX_SCALE = 1, 8
 
 
@@ -51,7 +42,9 @@ class InvSRPipelineOutput(BaseOutput):
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
 
 
-class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin):
+class InvSRPipeline(
+    HubMixin, FixedPromptMixin, DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin
+):
     r"""
     Enlarges images with a frozen diffusion model that starts from the LR image plus a predicted noise map, as in
     [Arbitrary-steps Image Super-resolution via Diffusion Inversion](https://arxiv.org/abs/2412.09013).
@@ -109,7 +102,7 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = InvSRImageProcessor()
-        self._fixed_prompt_cache = {}
+        self._fixed_prompt_embeds = {}
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
@@ -124,12 +117,6 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
         """LR pixels by which a tile's side has to be divisible, for the VAE and the UNet's levels."""
         unet_factor = 2 ** (len(self.unet.config.block_out_channels) - 1)
         return max(self.vae_scale_factor * unet_factor // self.config.scale, 1)
-
-    @property
-    def takes_text(self) -> bool:
-        """Whether the UNet attends to prompt embeddings."""
-        blocks = (*self.unet.config.down_block_types, self.unet.config.mid_block_type)
-        return any("CrossAttn" in str(block) for block in blocks)
 
     @property
     def guidance_scale(self) -> float:
@@ -228,80 +215,6 @@ class InvSRPipeline(HubMixin, DiffusionPipeline, TextualInversionLoaderMixin, St
                 f"`noise_predictor` reduces its input by {reduction}, but `scale={self.config.scale}` and a VAE that"
                 f" reduces by {self.vae_scale_factor} need {1 / latents_per_lr:g}."
             )
-
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        device: torch.device | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        r"""
-        Embed the prompts; where none are given, the fixed ones, which are embedded once a device and type.
-
-        Args:
-            prompt (`str` or `list[str]`, *optional*): Prompt, for all images or one an image.
-            negative_prompt (`str` or `list[str]`, *optional*): What guidance leads away from.
-            prompt_embeds (`torch.Tensor`, *optional*): Embeddings to use instead of `prompt`.
-            negative_prompt_embeds (`torch.Tensor`, *optional*): Embeddings to use instead of `negative_prompt`.
-            device (`torch.device`, *optional*): Where to compute.
-
-        Returns:
-            `tuple[torch.Tensor | None, torch.Tensor | None]`: Both embeddings, of shape `(1 or batch, tokens, width)`;
-            `None` if the UNet takes no text.
-
-        Raises:
-            ValueError: If the UNet takes text and there is neither a text encoder nor embeddings.
-        """
-        if not self.takes_text:
-            return None, None
-        device = device or self._execution_device
-        embeds = []
-        for index, (text, given) in enumerate(((prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds))):
-            if given is None:
-                given = self._embed_fixed_prompts(device)[index] if text is None else self._embed(text, device)
-            embeds.append(given.to(device=device, dtype=self.unet.dtype))
-        return tuple(embeds)
-
-    def _embed_fixed_prompts(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.fixed_prompt is not None:
-            return self.fixed_prompt()  # a call, so that hooks of offloading see it
-        if self.text_encoder is None or self.tokenizer is None:
-            raise ValueError(
-                "`prompt_embeds` have to be given: this pipeline has neither a text encoder nor embeddings of its own."
-            )
-        # Adapters and new tokens change what the text encoder says.
-        key = (str(device), self.unet.dtype, id(self.text_encoder), len(self.tokenizer))
-        if getattr(self.text_encoder, "peft_config", None):
-            return self._embed(self.config.prompt, device), self._embed(self.config.negative_prompt, device)
-        if key not in self._fixed_prompt_cache:
-            prompts = (self.config.prompt, self.config.negative_prompt)
-            self._fixed_prompt_cache[key] = tuple(self._embed(prompt, device) for prompt in prompts)
-        return self._fixed_prompt_cache[key]
-
-    def _embed(self, text: str | list[str], device: torch.device) -> torch.Tensor:
-        text = self.maybe_convert_prompt([text] if isinstance(text, str) else list(text), self.tokenizer)
-        tokens = self.tokenizer(
-            text,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return self.text_encoder(tokens.input_ids.to(device))[0]
-
-    def drop_text_encoder(self):
-        """Replace text encoder and tokenizer by the embeddings of the fixed prompts (saves 1.4 GB in float32)."""
-        if self.text_encoder is None:
-            raise ValueError("This pipeline has no text encoder to drop.")
-        with torch.no_grad():
-            prompt_embeds, negative_prompt_embeds = self._embed_fixed_prompts(self._execution_device)
-        fixed_prompt = InvSRPromptEmbeds(*prompt_embeds.shape[1:]).to(prompt_embeds.device, prompt_embeds.dtype)
-        fixed_prompt.prompt_embeds.copy_(prompt_embeds)
-        fixed_prompt.negative_prompt_embeds.copy_(negative_prompt_embeds)
-        self.register_modules(fixed_prompt=fixed_prompt, text_encoder=None, tokenizer=None)
-        self._fixed_prompt_cache.clear()
 
     def prepare_noise(
         self, batch_size: int, height: int, width: int, num_maps: int, generator, device: torch.device

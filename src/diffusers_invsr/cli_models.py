@@ -1,0 +1,86 @@
+"""Models for the command line: what is wrong with them is said in one sentence, which ends the program."""
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from .pipeline_invsr import InvSRPipeline
+
+
+# What PyTorch's messages have in common, on all devices.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line."""
+    text = textwrap.shorten(str(error), 400) or type(error).__name__
+    if isinstance(error, MemoryError) or any(sign in text.lower() for sign in OUT_OF_MEMORY):
+        return "the memory is not enough; lower --tile-size (or --tile-batch-size)."
+    return text
+
+
+def fail(message: str):
+    """Tell why nothing can be done, and end."""
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(1)
+
+
+def choose_device(device: str, dtype: str) -> tuple["torch.device", "torch.dtype"]:
+    """The device and the number type that `auto` stands for, or those that were named."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(f"{device!r} cannot be used: {describe(error)}", param_hint="'--device'") from None
+    if dtype == "auto":
+        dtype = "float16" if device.type == "cuda" else "float32"
+    return device, getattr(torch, dtype)
+
+
+def load_pipeline(
+    model: str, device: "torch.device | str" = "cpu", dtype: "torch.dtype | None" = None
+) -> "InvSRPipeline":
+    """Load what `--model` names. Where that fails, one sentence says what else there is, and the program ends."""
+    from diffusers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
+
+    from . import TINY, InvSRPipeline
+    from .conversion import FetchError
+    from .conversion import convert as convert_to_pipeline
+
+    disable_progress_bar()
+    disable_transformers_progress_bar()
+    path = Path(TINY if model == "tiny" else model)
+    if path.exists() and not (path / "model_index.json").is_file():
+        fail(
+            f"{model!r} is not a saved pipeline: it has no model_index.json. A noise predictor by itself becomes one"
+            " with `diffusers-invsr convert`."
+        )
+    if not path.exists() and model != "sd-turbo" and model.strip("./").count("/") != 1:
+        fail(f"{model!r} is neither tiny, sd-turbo, a folder here nor an id on the Hub (owner/name).")
+    try:
+        if model == "sd-turbo":
+            pipe = convert_to_pipeline(dtype=dtype)
+        else:
+            pipe = InvSRPipeline.from_pretrained(str(path) if path.exists() else model, dtype=dtype)
+    except FetchError as error:
+        fail(str(error))
+    except Exception as error:
+        if path.exists():
+            fail(f"{model!r} cannot be loaded as an InvSR pipeline: {describe(error)}")
+        if not isinstance(error, (OSError, ValueError)):
+            raise
+        fail(str(FetchError(model, error.__cause__ or error)))
+    try:
+        return pipe.to(device)
+    except RuntimeError as error:
+        fail(f"{model!r} cannot be moved to the device {str(device)!r}: {textwrap.shorten(str(error), 400)}")

@@ -1,0 +1,411 @@
+"""The command line, on real files, with a random pipeline that is small enough to run in no time."""
+
+import io
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from hub_server import serve
+from PIL import ExifTags, Image, ImageCms
+from sd_turbo import save_sd_turbo
+from typer.testing import CliRunner
+
+from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler, __version__
+from diffusers_invsr.cli import app
+from diffusers_invsr.image_files import save_image
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+CMYK = b"\0" * 16 + b"CMYK" + b"\0" * 108
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Several threads only slow such small models down."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """Folder of a pipeline shaped as the embedded one."""
+    torch.manual_seed(0)
+    widths = {"encoder_block_out_channels": (16, 16, 16), "decoder_block_out_channels": (16, 16, 16)}
+    pipe = InvSRPipeline(
+        vae=AutoencoderTiny(num_encoder_blocks=(0, 0, 0), num_decoder_blocks=(1, 1, 1), latent_channels=4, **widths),
+        text_encoder=None,
+        tokenizer=None,
+        unet=UNet2DConditionModel(
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            mid_block_type=None,
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            cross_attention_dim=8,
+        ),
+        scheduler=InvSRScheduler(),
+        noise_predictor=InvSRNoisePredictor(
+            block_out_channels=(32,),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",),
+            latent_channels=4,
+            mid_block_add_attention=False,
+            temb_channels=32,
+        ),
+    )
+    folder = tmp_path_factory.mktemp("model")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments, status: int = 0) -> str:
+    """What a command writes, to both streams; it has to end with the status, in no way but on purpose."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == status, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result.output
+
+
+def make_image(size: tuple[int, int] = (12, 10), mode: str = "RGB", seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    if mode == "I;16":
+        return Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    image = Image.fromarray(pixels)
+    return image.convert(mode) if mode in ("RGBA", "LA") else image.convert("RGB").convert(mode)
+
+
+def save(*names: str, **settings):
+    """Save an image under each name, each with other pixels."""
+    for seed, name in enumerate(names):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        make_image(seed=seed).save(name, **settings)
+
+
+def names_in(folder: str) -> list[str]:
+    """All files below a folder, hidden ones too."""
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+
+
+def test_version():
+    assert run("--version").split() == ["diffusers-invsr", __version__]
+
+
+@pytest.mark.parametrize(
+    "inputs, results",
+    [
+        (["in/a.png"], ["a.png"]),
+        (["in/a.png", "in/./a.png"], ["a.png"]),
+        (["in"], ["a.jpg", "a.png", "deep/a.png", "deep/er/b.webp"]),
+        (["in/*.png"], ["a.png"]),
+        (["in/**/*.png"], ["a.png", "deep/a.png"]),
+        (["in/de*"], ["deep/a.png", "deep/er/b.webp"]),
+        (["in/*/../a.*"], ["a.jpg", "a.png"]),
+        (["in/a.png", "in/deep/a.png", "in/deep/../a.png"], ["a.png", "a_2.png"]),
+        (["in/deep/er/../../a.png"], ["a.png"]),
+    ],
+    ids=["file", "file twice", "folder", "pattern", "deep pattern", "pattern of folders", "climbing pattern"]
+    + ["same names", "climbing file"],
+)
+def test_inputs(folder, model, inputs, results):
+    save("in/a.png", "in/a.jpg", "in/deep/a.png", "in/deep/er/b.webp", "in/.hidden/c.png", "in/.c.png")
+    Path("in/notes.txt").write_text("no image, and nobody said that it was")
+    run("upscale", *inputs, "-o", "out/put", "--model", model)
+    assert names_in("out/put") == results
+    assert names_in("out") == [f"put/{name}" for name in results]
+
+
+def test_output_inside_the_input_folder_is_no_input(folder, model):
+    save("a.png", "out/old.png")
+    run("upscale", ".", "-o", "out", "--model", model)
+    assert names_in("out") == ["a.png", "old.png"]
+
+
+@pytest.mark.parametrize(
+    "options, results",
+    [
+        ([], ["a.JPG", "a.png", "b.webp", "c.png"]),
+        (["--format", "png"], ["a.png", "a_2.png", "b.png", "c.png"]),
+        (["--format", "jpg", "--suffix", "_x4"], ["a_x4.jpg", "a_x4_2.jpg", "b_x4.jpg", "c_x4.jpg"]),
+        (["--format", "webp"], ["a.webp", "a_2.webp", "b.webp", "c.webp"]),
+    ],
+    ids=["keep", "png", "jpg", "webp"],
+)
+def test_names_and_formats(folder, model, options, results):
+    save("in/a.JPG", "in/a.png", "in/b.webp", "in/c.bmp")
+    run("upscale", "in", "-o", "out", "--model", model, *options)
+    assert names_in("out") == results
+    for name in results:
+        with Image.open(f"out/{name}") as image:
+            assert image.size == (48, 40)
+            assert image.format == {"jpg": "JPEG", "png": "PNG", "ebp": "WEBP"}[name.lower()[-3:]]
+
+
+@pytest.mark.parametrize("name", ["b.png", "new/b.jpeg", "b.webp"])
+def test_output_file(folder, model, name):
+    save("a.png")
+    run("upscale", "a.png", "-o", name, "--model", model, "--scale", 2.5, "--steps", 2, "--color-fix", "ycbcr")
+    assert Image.open(name).size == (30, 25)
+
+
+def test_existing_results(folder, model):
+    save("a.png")
+    Path("out").mkdir()
+    Path("out/a.png").write_text("old")
+    assert "--overwrite" in run("upscale", "a.png", "-o", "out", "--model", model)
+    assert Path("out/a.png").read_text() == "old"
+    run("upscale", "a.png", "-o", "out", "--model", model, "--overwrite")
+    assert Image.open("out/a.png").size == (48, 40)
+
+
+def test_results_depend_on_the_seed_alone(folder, model):
+    save("a.png", "b.png")
+    for out, inputs, seed in (("one", ["b.png"], 3), ("two", ["a.png", "b.png"], 3), ("other", ["b.png"], 4)):
+        run("upscale", *inputs, "-o", out, "--model", model, "--seed", seed, "--tile-size", 8)
+    one, two, other = (Path(out, "b.png").read_bytes() for out in ("one", "two", "other"))
+    assert one == two != other
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpg", "webp"])
+@pytest.mark.parametrize("source", ["a.png", "a.jpg", "a.webp", "a.tif"])
+def test_metadata(folder, model, source, image_format):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Make] = "Camera"
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.ExifImageWidth: 12, ExifTags.Base.ExposureTime: 0.5}
+    save(source, exif=exif, icc_profile=SRGB)
+    run("upscale", source, "-o", "out", "--model", model, "--format", image_format)
+    with Image.open(f"out/a.{image_format}") as image:
+        assert image.size == (40, 48)
+        assert image.info["icc_profile"] == SRGB
+        exif = image.getexif()
+        assert exif.get(ExifTags.Base.Orientation, 1) == 1
+        assert exif[ExifTags.Base.Make] == "Camera"
+        assert exif.get_ifd(ExifTags.IFD.Exif) == {ExifTags.Base.ExifImageWidth: 40, ExifTags.Base.ExposureTime: 0.5}
+        assert not {ExifTags.Base.ImageWidth, ExifTags.Base.StripOffsets} & set(exif)
+
+
+def test_profile_of_other_pixels_is_left_out(folder, model):
+    make_image(mode="CMYK").save("a.jpg", icc_profile=CMYK)
+    run("upscale", "a.jpg", "-o", "out", "--model", model)
+    assert "icc_profile" not in Image.open("out/a.jpg").info
+
+
+@pytest.mark.parametrize(
+    "mode, source, image_format, result",
+    [
+        ("I;16", "a.png", "png", "L"),
+        ("I;16", "a.tif", "webp", "RGB"),
+        ("P", "a.png", "png", "RGB"),
+        ("1", "a.png", "jpg", "L"),
+        ("LA", "a.png", "png", "LA"),
+        ("RGBA", "a.webp", "keep", "RGBA"),
+        ("RGBA", "a.png", "jpg", "RGB"),
+        ("LA", "a.png", "jpg", "L"),
+    ],
+)
+def test_kinds_of_images(folder, model, mode, source, image_format, result):
+    make_image(mode=mode).save(source)
+    run("upscale", source, "-o", "out", "--model", model, "--format", image_format)
+    (name,) = names_in("out")
+    assert Image.open(f"out/{name}").mode == result
+
+
+def test_transparency_becomes_white_in_jpeg(folder, model):
+    image = make_image(mode="RGBA")
+    image.putalpha(0)
+    image.save("a.png")
+    run("upscale", "a.png", "-o", "a.jpg", "--model", model)
+    assert np.array(Image.open("a.jpg")).min() >= 254
+
+
+def test_bad_files_are_reported_and_the_rest_goes_on(folder, model):
+    save("in/a.png", "in/truncated.png", "in/z.png")
+    Path("in/truncated.png").write_bytes(Path("in/a.png").read_bytes()[:200])
+    Path("in/text.jpg").write_text("not an image")
+    Path("in/empty.webp").touch()
+    make_image((1, 1)).save("in/pixel.png")
+    Image.new("1", (14000, 14000)).save("in/bomb.png")
+    Image.new("L", (5000, 2)).save("in/wide.webp", lossless=True)
+    output = run("upscale", "in", "in/nothing.png", "-o", "out", "--model", model, status=1)
+    assert names_in("out") == ["a.png", "z.png"]
+    lines = output.splitlines()
+    for name in ("truncated.png", "text.jpg", "empty.webp", "pixel.png", "bomb.png", "wide.webp", "nothing.png"):
+        assert sum(line.startswith(f"in/{name}: ") for line in lines) == 1, output
+    assert lines[-1] == "2 enlarged, 0 skipped, 6 failed"
+    assert len(lines) == 10
+
+
+def test_out_of_memory_is_explained(folder, model):
+    Image.new("RGB", (1500, 1500)).save("a.png")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**29, limits[1]))
+    try:
+        output = run("upscale", "a.png", "-o", "out", "--model", model, "--tile-size", "none", status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert output.count("\n") == 1
+    assert "lower --tile-size" in output
+    assert not names_in(".")[1:]
+
+
+def test_interrupted_writing_leaves_nothing(folder):
+    class Interrupted(Image.Image):
+        def save(self, file: io.IOBase, **settings):
+            file.write(b"half of it")
+            raise KeyboardInterrupt
+
+    image = Interrupted()
+    image._mode = "RGB"
+    with pytest.raises(KeyboardInterrupt):
+        save_image(image, Path("out/a.png"), make_image())
+    assert names_in("out") == []
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["nothing.png", "-o", "out"], "INPUTS"),
+        (["empty", "-o", "out"], "INPUTS"),
+        (["a.png"], "--out"),
+        (["a.png", "-o", "."], "--suffix"),
+        (["a.png", "-o", "a.png"], "--out"),
+        (["a.png", "b.jpg", "-o", "c.png"], "--out"),
+        (["a.png", "-o", "c.tiff"], ".webp"),
+        (["a.png", "-o", "c.png", "--format", "jpg"], "--format"),
+        (["a.png", "-o", "notes.txt"], "--out"),
+        (["a.png", "-o", "out", "--suffix", "/../../x"], "--suffix"),
+        (["a.png", "-o", "out", "--format", "gif"], "--format"),
+        (["a.png", "-o", "out", "--scale", "9"], "--scale"),
+        (["a.png", "-o", "out", "--steps", "0"], "--steps"),
+        (["a.png", "-o", "out", "--start-timestep", "120"], "start_timestep"),
+        (["a.png", "-o", "out", "--steps", "200", "--start-timestep", "100"], "num_steps"),
+        (["a.png", "-o", "out", "--tile-size", "big"], "--tile-size"),
+        (["a.png", "-o", "out", "--tile-size", "33"], "tile_size"),
+        (["a.png", "-o", "out", "--tile-size", "16", "--tile-overlap", "16"], "tile_overlap"),
+        (["a.png", "-o", "out", "--color-fix", "sepia"], "--color-fix"),
+        (["a.png", "-o", "out", "--device", "abacus"], "--device"),
+    ],
+)
+def test_wrong_usage(folder, model, arguments, word):
+    save("a.png", "b.jpg")
+    Path("empty").mkdir()
+    Path("notes.txt").touch()
+    before = {name: Path(name).read_bytes() for name in names_in(".")}
+    output = run("upscale", *arguments, "--model", model, status=2)
+    assert word in output.splitlines()[-1]
+    assert {name: Path(name).read_bytes() for name in names_in(".")} == before
+
+
+@pytest.mark.parametrize("name", ["tinny", "./missing/folder/here", "empty", "file.pth", "broken", "other"])
+def test_model_that_is_none(folder, model, name):
+    save("a.png")
+    Path("empty").mkdir()
+    Path("file.pth").touch()
+    for copy in ("broken", "other"):
+        shutil.copytree(model, copy)
+    Path("broken/unet/diffusion_pytorch_model.safetensors").write_text("no tensors")
+    Path("other/model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    output = run("upscale", "a.png", "-o", "out", "--model", name, status=1)
+    assert output.startswith(f"Error: {name!r} ")
+    assert output.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_info(model):
+    pipe = InvSRPipeline.from_pretrained(model)
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    num_parameters = sum(p.numel() for module in modules for p in module.parameters())
+    lines = dict(line.split(":", 1) for line in run("info", model).splitlines())
+    values = {name.strip(): value.strip() for name, value in lines.items()}
+    assert values["scale"].startswith("x4")
+    assert values["tile"].startswith("128 pixels")
+    assert values["parameters"] == f"{num_parameters / 1e6:,.2f} M"
+    assert values["text encoder"].startswith("no")
+    assert values["licence"] == "not stated"
+
+
+def test_info_names_the_licence_of_the_card(folder, model):
+    shutil.copytree(model, "model")
+    Path("model/README.md").write_text("---\nlicense: cc0-1.0\n---\n# A model\n")
+    assert "cc0-1.0" in run("info", "model")
+
+
+def test_convert(folder, cases):
+    import json
+
+    save("a.png")
+    save_sd_turbo(Path("base"), cases)
+    Path("config.json").write_text(json.dumps(cases["noise_predictor"]))
+    command = ["convert", FIXTURES / "noise_predictor_original.pth", "--base", "base", "--config", "config.json"]
+    run(*command, "-o", "full")
+    assert Path("full/text_encoder").is_dir()
+    assert "exists" in run(*command, "-o", "full", status=1)
+    run(*command, "-o", "full", "--overwrite", "--drop-text-encoder", "--dtype", "float16")
+    assert not Path("full/text_encoder").exists()
+    assert Path("full/fixed_prompt").is_dir()
+    assert "no (fixed prompts)" in run("info", "full")
+    assert "does not fit" in run(*command[:-2], "-o", "published", status=1)  # not the published network
+    run("upscale", "a.png", "-o", "out", "--model", "full", "--tile-size", "none")
+    assert names_in("out") == ["a.png"]
+
+
+def command_line(home: Path, *arguments, **variables) -> subprocess.Popen:
+    """Start the installed program, which knows nothing of this process's settings, caches and network."""
+    program = Path(sys.executable).parent / "diffusers-invsr"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    env |= {"HF_HOME": str(home / "cache"), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
+    command = [program, *(str(argument) for argument in arguments)]
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("name", ["sd-turbo", "owner/model"])
+def test_hub_that_cannot_be_reached(folder, name):
+    save("a.png")
+    process = command_line(folder, "upscale", "a.png", "-o", "out", "--model", name, HF_ENDPOINT="http://127.0.0.1:9")
+    output, errors = process.communicate()
+    assert (process.returncode, output) == (1, "")
+    assert errors.count("\n") == 1
+    assert "--model tiny" in errors
+    assert "local" in errors
+
+
+def test_interrupt(folder, model):
+    save("a.png")
+    make_image((200, 200)).save("b.png")
+    process = command_line(folder, "upscale", "a.png", "b.png", "-o", "out", "--model", model, "--tile-size", 8)
+    assert process.stdout.readline() == "a.png -> out/a.png (12x10 to 48x40)\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors == ""
+    assert names_in("out") == ["a.png"]
+
+
+def test_push(folder, model):
+    with serve() as hub:
+        process = command_line(folder, "push", model, "me/model", "--token", "hf_test", HF_ENDPOINT=hub.url)
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert output.endswith("me/model\n")
+        assert {"model_index.json", "pipeline.py", "README.md"} <= set(hub.files("me/model"))
