@@ -104,7 +104,7 @@ def test_load_installed(hub, workplace, published):
 
 
 def load_without_package(expected: str) -> dict:
-    """Load in every way there is without the package; returns each one's largest difference, and what else happened."""
+    """Load in every way there is without the package; returns the largest differences, and what else happened."""
     import importlib.util
 
     import torch

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 COLOR_FIXES = ("wavelet", "ycbcr", "adain")
 WAVELET_LEVELS = 5
-BAND_HEIGHT = 256
+BAND_HEIGHT = 64
 
 # RGB in [0, 1] to Y, Cb, Cr of BT.601 in studio range, without the offsets (16, 128, 128) / 255, which cancel.
 RGB_TO_YCBCR = torch.tensor([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]]) / 255

@@ -40,12 +40,14 @@ KEY_PREFIXES = ("module.", "_orig_mod.")
 class FetchError(OSError):
     """Something could not be fetched from the Hub. The message is one sentence that names the ways out."""
 
-    def __init__(self, source: str, cause: Exception):
-        reason = str(cause).strip().split("\n")[0].rstrip(".")
+    def __init__(self, source: str, cause: BaseException):
+        # Where the chain of errors began stands what is wrong: no connection, no such repository, ...
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        reason = str(cause).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(cause).__name__
         super().__init__(
-            f"{source!r} could not be fetched from the Hub ({type(cause).__name__}: {reason}): give the path of a"
-            " local copy instead, or use the small model that comes with the package (`TINY`, or `--model tiny` on"
-            " the command line)."
+            f"{source!r} could not be fetched from the Hub ({reason}): give the path of a local copy instead, or use"
+            " the small model that comes with the package (`TINY`, or `--model tiny` on the command line)."
         )
 
 

@@ -60,8 +60,9 @@ def bundle(class_name: str) -> str:
         sources.append("".join(lines))
 
     add(MODULES[class_name])
-    # Under this name the class is recorded when it is saved anew.
-    return HEADER + "\n\n".join(sources) + f'\n\n{class_name}.__module__ = "{__package__}"\n'
+    # Under this name the classes are recorded when they are saved anew.
+    names = [f'{name}.__module__ = "{__package__}"\n' for name, module in MODULES.items() if module in seen]
+    return HEADER + "\n\n".join([*sources, "".join(names)])
 
 
 def write_code(model, folder: str | os.PathLike):
@@ -179,5 +180,5 @@ class HubMixin:
             files += (folder / name).glob("*.json")
         for file in files:
             content = json.loads(file.read_text(encoding="utf-8"))
-            if content.pop("_name_or_path", None) is not None:
+            if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
                 file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 GREY_MODES = ("1", "L", "LA", "La", "I", "F")
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 32
 
 
 @dataclass

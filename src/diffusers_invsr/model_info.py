@@ -74,7 +74,7 @@ def tile_memory(pipe: InvSRPipeline, tile_size: int) -> int:
         enlarged = torch.empty(1, 3, target, target, device="meta")
         latents = pipe.prepare_latents(lr, enlarged, timestep, noise)
         latents = pipe.unet(latents.to(pipe.unet.dtype), timestep, encoder_hidden_states=embeds).sample
-        pipe.decode_image(latents.float())
+        pipe.vae.decode(latents.to(pipe.vae.dtype))
     return memory.peak
 
 
