@@ -390,6 +390,7 @@ def check_way_out(errors: str):
     assert "local copy" in errors
 
 
+@pytest.mark.slow
 def test_hub_that_cannot_be_reached(folder):
     save("a.png")
     process = command_line(
@@ -405,6 +406,7 @@ def test_hub_that_is_switched_off(folder):
     check_way_out(run("upscale", "a.png", "-o", "out", "--model", "owner/no-such-model", status=1))
 
 
+@pytest.mark.slow
 def test_interrupt(folder, model):
     save("a.png")
     make_image((200, 200)).save("b.png")
@@ -417,6 +419,7 @@ def test_interrupt(folder, model):
     assert names_in("out") == ["a.png"]
 
 
+@pytest.mark.slow
 def test_push(folder, model):
     with serve() as hub:
         process = command_line(folder, "push", model, "me/model", "--token", "hf_test", HF_ENDPOINT=hub.url)

@@ -10,6 +10,7 @@ from sd_turbo import enlarge, save_sd_turbo
 
 from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler, convert, load_noise_predictor
 from diffusers_invsr.conversion import PUBLISHED_MODEL_CARD, FetchError, check_state_dict
+from diffusers_invsr.hub import create_model_card
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -215,5 +216,16 @@ def test_nothing_is_left_of_a_failure(config, base, tmp_path):
 def test_card_follows_the_weights(base, config):
     inherited = load_noise_predictor(CHECKPOINT, config)
     assert inherited.config["model_card"] == PUBLISHED_MODEL_CARD
-    own = load_noise_predictor(CHECKPOINT, {**config, "model_card": {"license": "mit"}})
-    assert own.config["model_card"] == {"license": "mit"}
+    own = load_noise_predictor(CHECKPOINT, {**config, "model_card": {"license": "mit", "training_data": "My photos."}})
+
+    card = create_model_card(convert(inherited, base), "me/inherited")
+    assert card.data.license == "other"
+    assert "S-Lab License" in card.text and "Stability AI Community License" in card.text and "LSDIR" in card.text
+    for model in (own, convert(own, base)):
+        card = create_model_card(model, "me/own")
+        assert card.data.license == "mit"
+        assert "My photos." in card.text
+        assert "S-Lab" not in card.text and "Stability" not in card.text and "LSDIR" not in card.text
+    card = create_model_card(InvSRNoisePredictor(**config), "me/unknown")
+    assert card.data.license is None
+    assert "has not stated a licence" in card.text

@@ -11,6 +11,7 @@ from subprocesses import make_environment_without, run
 from diffusers_invsr.hub import MODULES, bundle
 
 
+FIXTURES = Path(__file__).parent / "fixtures"
 CODE_FILES = {
     "pipeline.py",
     "noise_predictor/diffusers_invsr.py",
@@ -49,7 +50,7 @@ def publish(fixtures: str):
     pipe.drop_text_encoder()
     pipe.push_to_hub("pushed")
     pipe.noise_predictor.push_to_hub("predictor")
-    pipe = pipe.to(dtype=torch.float16)
+    pipe = InvSRPipeline.from_pretrained("converted", dtype=torch.float16)
     pipe.save_pretrained("saved", variant="fp16", push_to_hub=True, repo_id="user/saved")
 
     # A card that its owner has edited, before the model is pushed once more
@@ -64,18 +65,23 @@ def publish(fixtures: str):
 
 @pytest.fixture(scope="module")
 def published(hub, workplace) -> Path:
-    """A folder with the pipeline in `converted` and its result in `expected.pt`; its repositories are on the Hub."""
-    run(publish, str(Path(__file__).parent / "fixtures"), home=workplace / "author", hub=hub.url)
-    return workplace / "author"
+    """A folder with a pipeline's result in `expected.pt`. It and what it was made of are on the Hub."""
+    home = workplace / "author"
+    run(publish, str(FIXTURES), home=home, hub=hub.url)
+    base = {str(file.relative_to(home / "base")): file.read_bytes() for file in (home / "base").rglob("*.*")}
+    hub.commit("stabilityai/sd-turbo", base)
+    checkpoint = (FIXTURES / "noise_predictor_original.pth").read_bytes()
+    hub.commit("OAOA/InvSR", {"noise_predictor_sd_turbo_v5.pth": checkpoint, "folder/other.pth": checkpoint})
+    return home
 
 
-def load_installed(expected: str) -> dict:
+def load_installed(expected: str, config: dict) -> dict:
     """Load from the Hub in every way there is with the package installed; returns each way's largest difference."""
     import torch
     from diffusers import DiffusionPipeline
     from sd_turbo import enlarge
 
-    from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, load_noise_predictor
+    from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, convert, load_noise_predictor
 
     expected = torch.load(expected)
     ways = {
@@ -91,16 +97,20 @@ def load_installed(expected: str) -> dict:
             dtype=torch.float32
         ),
         "saved and pushed": lambda: DiffusionPipeline.from_pretrained("user/saved", variant="fp16"),
+        "published files": lambda: convert(config=config),
+        "another published file": lambda: convert("OAOA/InvSR/folder/other.pth", config=config),
         "balanced": lambda: DiffusionPipeline.from_pretrained("user/pushed", device_map="balanced"),
     }
     return {name: (enlarge(load()) - expected).abs().max().item() for name, load in ways.items()}
 
 
-def test_load_installed(hub, workplace, published):
-    differences = run(load_installed, str(published / "expected.pt"), home=workplace / "installed", hub=hub.url)
+def test_load_installed(hub, workplace, published, cases):
+    home = workplace / "installed"
+    arguments = (str(published / "expected.pt"), cases["noise_predictor"])
+    differences = run(load_installed, *arguments, home=home, hub=hub.url)
     for way, difference in differences.items():
         assert difference < (2e-2 if way in ("fp16 variant", "saved and pushed") else 1e-5), way
-    assert not (workplace / "installed" / "cache" / "modules" / "diffusers_modules").exists(), "remote code was loaded"
+    assert not (home / "cache" / "modules" / "diffusers_modules").exists(), "code from the Hub was run"
 
 
 def load_without_package(expected: str) -> dict:
@@ -132,6 +142,7 @@ def load_without_package(expected: str) -> dict:
 
     pipe = DiffusionPipeline.from_pretrained("user/variants", variant="fp16", dtype=torch.float16, **remote_code)
     dtype = str(pipe.unet.dtype)
+    differences["fp16 variant"] = (enlarge(pipe.to(dtype=torch.float32)) - expected).abs().max().item()
     try:
         DiffusionPipeline.from_pretrained("user/pushed", custom_pipeline="pipeline")
         refusal = ""
@@ -145,6 +156,7 @@ def test_load_without_package(hub, workplace, published):
     home = workplace / "stranger"
     result = run(load_without_package, str(published / "expected.pt"), home=home, hub=hub.url, python=python)
     assert not result["installed"]
+    assert result["differences"].pop("fp16 variant") < 2e-2
     assert max(result["differences"].values()) < 1e-5, result["differences"]
     assert result["dtype"] == "torch.float16"
     assert "trust_remote_code=True" in result["refusal"]
@@ -175,7 +187,7 @@ def test_repositories(hub, published):
         "diffusers_invsr.py",
         "diffusion_pytorch_model.safetensors",
     }
-    assert set(hub.files("user/saved")) > CODE_FILES
+    assert set(hub.files("user/saved")) > CODE_FILES - {"fixed_prompt/diffusers_invsr.py"}
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in hub.files("user/variants")
 
 

@@ -56,7 +56,7 @@ def callback(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ):
-    pass
+    """InvSR super-resolution: enlarge images by diffusion inversion, in any number of steps."""
 
 
 @app.command()
@@ -121,27 +121,43 @@ def upscale(
     Exit status: 0 if all is done (or was done before), 1 if something failed, 2 if the command is wrong.
     """
     # 1. What to do, before anything heavy is loaded
+    tile_side = parse_tile_size(tile_size)
     outputs, num_missing = plan(inputs, out, image_format, suffix)
-    if tile_size not in ("auto", "none") and not tile_size.isdecimal():
-        raise typer.BadParameter(f"{tile_size!r} is not an integer, none or auto.", param_hint="'--tile-size'")
+    existing = [] if overwrite else [source for source, target in outputs.items() if target.exists()]
+    for source in existing:
+        typer.echo(f"{show(source)}: skipped, {show(outputs[source])} exists (--overwrite replaces it)")
+    waiting = {source: target for source, target in outputs.items() if source not in existing}
 
-    # 2. The model
-    device, torch_dtype = choose_device(device, dtype)
-    pipe = load_pipeline(model, device, torch_dtype)
-    options = {
-        "num_steps": steps,
-        "start_timestep": start_timestep,
-        "scale": scale,
-        "tile_size": {"auto": "auto", "none": None}[tile_size] if not tile_size.isdecimal() else int(tile_size),
-        "tile_overlap": tile_overlap,
-        "tile_batch_size": tile_batch_size,
-        "color_fix": None if color_fix == "none" else color_fix,
-    }
-    check_options(pipe, options)
+    num_failed = 0
+    if waiting:
+        # 2. The model
+        pipe = load_pipeline(model, *choose_device(device, dtype))
+        options = {
+            "num_steps": steps,
+            "start_timestep": start_timestep,
+            "scale": scale,
+            "tile_size": pipe.config.tile_size if tile_side == "auto" else tile_side,
+            "tile_overlap": tile_overlap,
+            "tile_batch_size": tile_batch_size,
+            "color_fix": None if color_fix == "none" else color_fix,
+        }
+        check_options(pipe, options)
 
-    # 3. The images, one by one
-    num_failed = num_missing + upscale_files(pipe, outputs, options, seed, overwrite)
-    raise typer.Exit(1 if num_failed else 0)
+        # 3. The images, one by one
+        num_failed = upscale_files(pipe, waiting, options, seed)
+    if len(outputs) > 1:
+        num_done = len(waiting) - num_failed
+        typer.echo(f"{num_done} enlarged, {len(existing)} skipped, {num_failed} failed")
+    raise typer.Exit(1 if num_failed or num_missing else 0)
+
+
+def parse_tile_size(text: str) -> int | str | None:
+    """The pipeline's `tile_size`, or "auto"."""
+    if text.isdecimal():
+        return int(text)
+    if text not in ("auto", "none"):
+        raise typer.BadParameter(f"{text!r} is not an integer, none or auto.", param_hint="'--tile-size'")
+    return None if text == "none" else text
 
 
 def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[dict[Path, Path], int]:
@@ -182,8 +198,7 @@ def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[
 
 def check_options(pipe: "InvSRPipeline", options: dict):
     """Raises a usage error for options that the pipeline would refuse for any image."""
-    tile_size = pipe.config.tile_size if options["tile_size"] == "auto" else options["tile_size"]
-    tile_overlap = options["tile_overlap"]
+    tile_size, tile_overlap = options["tile_size"], options["tile_overlap"]
     if tile_overlap is None and tile_size is not None:
         tile_overlap = tile_size // 4
     try:
@@ -211,22 +226,16 @@ def check_options(pipe: "InvSRPipeline", options: dict):
         raise typer.BadParameter(str(error)) from None
 
 
-def upscale_files(pipe: "InvSRPipeline", outputs: dict[Path, Path], options: dict, seed: int, overwrite: bool) -> int:
+def upscale_files(pipe: "InvSRPipeline", outputs: dict[Path, Path], options: dict, seed: int) -> int:
     """Enlarge each file into its own result; returns the number of files that failed. Shows bars on a terminal."""
     from tqdm import tqdm
 
     single = len(outputs) == 1
-    num_failed = num_skipped = 0
-    with tqdm(outputs.items(), desc="files", unit="file", disable=True if single else None, dynamic_ncols=True) as bar:
+    num_failed = 0
+    with tqdm(outputs.items(), desc="files", unit="file", disable=single or None, dynamic_ncols=True) as bar:
         for source, target in bar:
-            if target.exists() and not overwrite:
-                tqdm.write(f"{show(source)}: skipped, {show(target)} exists (--overwrite replaces it)")
-                num_skipped += 1
-                continue
-            pipe.set_progress_bar_config(
-                desc=source.name, unit="step", leave=False, position=0 if single else 1, disable=None,
-                dynamic_ncols=True,
-            )  # fmt: skip
+            layout = {"position": 0 if single else 1, "leave": False, "dynamic_ncols": True}
+            pipe.set_progress_bar_config(desc=source.name, unit="step", disable=None, **layout)
             try:
                 sizes = upscale_file(pipe, source, target, options, seed)
             except Exception as error:  # whatever is wrong with one file, the others go on
@@ -234,9 +243,6 @@ def upscale_files(pipe: "InvSRPipeline", outputs: dict[Path, Path], options: dic
                 num_failed += 1
             else:
                 tqdm.write(f"{show(source)} -> {show(target)} ({sizes})")
-    if not single:
-        num_done = len(outputs) - num_failed - num_skipped
-        typer.echo(f"{num_done} enlarged, {num_skipped} skipped, {num_failed} failed")
     return num_failed
 
 
