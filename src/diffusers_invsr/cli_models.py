@@ -41,8 +41,8 @@ def choose_device(device: str, dtype: str) -> tuple["torch.device", "torch.dtype
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(f"{device!r} cannot be used: {describe(error)}", param_hint="'--device'") from None
-    if dtype == "auto":
-        dtype = "float16" if device.type == "cuda" else "float32"
+    if dtype == "auto":  # Stable Diffusion's VAE overflows in float16, but not in bfloat16
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return device, getattr(torch, dtype)
 
 
