@@ -1,6 +1,6 @@
 """A picture for people: crops of an LR image, enlarged by bicubic interpolation, beside the same crops of a result.
 
-    python examples/compare.py examples/images/lighthouse.png enlarged/lighthouse.png -o comparison.png
+python examples/compare.py examples/images/lighthouse.png enlarged/lighthouse.png -o comparison.png
 """
 
 import argparse
@@ -13,7 +13,7 @@ GAP = 8
 
 
 def comparison(lr: Image.Image, result: Image.Image, boxes: list[tuple[int, int, int, int]]) -> Image.Image:
-    """One row a box (left, top, right, bottom; in pixels of the result): bicubic on the left, the result on the right."""
+    """One row a box (left, top, right, bottom; in pixels of the result): bicubic left, the result right."""
     bicubic = lr.convert("RGB").resize(result.size, Image.Resampling.BICUBIC)
     rows = [(bicubic.crop(box), result.convert("RGB").crop(box)) for box in boxes]
     width = 2 * max(left.width for left, _ in rows) + GAP

@@ -6,6 +6,7 @@ Train a miniature InvSR model from nothing on a CPU: autoencoder, diffusion prio
 
 The stages run in the order of `STAGES`, each within its budget of minutes, and resume from their last checkpoint in
 `--work`. `autoencoder` and `prior` do not need each other and may run side by side (`--stage autoencoder`, ...).
+Seeds are fixed, but a budget in minutes ends each run at an iteration of its own.
 
 What differs from the published model, and why:
 
@@ -47,11 +48,14 @@ STARTING_STEPS = (250, 200, 150, 100)  # as the paper counts, from 1
 PRIOR_STEPS = 260  # the prior learns schedule indices 0 to 259
 LR_SIZES = (32, 48)  # patch sides in LR (and latent) pixels; the larger ones keep GroupNorm's statistics honest
 LARGE_PATCH_PROBABILITY = 0.2
-TRAINING_DATA = (
-    "Trained from nothing: half of the samples are crops of photographs 1 to 16 of the Kodak set, half are procedural"
-    " images. Degradation: Gaussian blur, x4 downsampling, Gaussian noise, JPEG. Too small a model for more than"
-    " demonstrations and tests."
-)
+MODEL_CARD = {  # what every card of these weights has to say
+    "license": "cc0-1.0",
+    "training_data": (
+        "Trained from nothing: half of the samples are crops of photographs 1 to 16 of the Kodak set, half are"
+        " procedural images. Degradation: Gaussian blur, x4 downsampling, Gaussian noise, JPEG. Too small a model for"
+        " more than demonstrations and tests."
+    ),
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -415,14 +419,16 @@ def train_predictor(args: argparse.Namespace) -> None:
 def assemble(args: argparse.Namespace) -> None:
     """Write the averaged weights of the latest checkpoints as a pipeline, in half precision."""
     vae, _ = load_vae(args)
+    noise_predictor = load_frozen(args, build_predictor(), "predictor")
+    noise_predictor.register_to_config(model_card=MODEL_CARD)
     pipeline = InvSRPipeline(
         vae=vae.half(),
         text_encoder=None,
         tokenizer=None,
         unet=load_frozen(args, build_unet(), "prior").half(),
         scheduler=InvSRScheduler(),
-        noise_predictor=load_frozen(args, build_predictor(), "predictor").half(),
-        model_card={"license": "cc0-1.0", "training_data": TRAINING_DATA},
+        noise_predictor=noise_predictor.half(),
+        model_card=MODEL_CARD,
     )
     pipeline.save_pretrained(args.output)
     size = sum(file.stat().st_size for file in args.output.rglob("*.safetensors"))

@@ -101,6 +101,10 @@ def test_result_depends_on_the_seed_alone(pipe, eta, tile_size):
         torch.testing.assert_close(batched, result, atol=1e-4, rtol=0)
 
 
+def test_without_guidance_no_negative_prompt_is_needed(pipe):
+    assert torch.equal(pipe(photo(), negative_prompt_embeds=None), pipe(photo()))
+
+
 def test_eta_matters_only_between_steps(pipe):
     assert torch.equal(pipe(photo(), eta=1.0), pipe(photo(), eta=0.0))
     assert not torch.allclose(pipe(photo(), num_steps=2, eta=1.0), pipe(photo(), num_steps=2))
@@ -273,7 +277,8 @@ def test_no_component_is_changed_by_a_call(pipe):
         ({"generator": [generator()] * 2}, "2 generators for 1 images"),
         ({"prompt": "sharp"}, "`prompt` and `prompt_embeds` cannot both be given"),
         ({"prompt": "sharp", "prompt_embeds": None}, "no text encoder"),
-        ({"prompt_embeds": None}, "`prompt_embeds` have to be given"),
+        ({"prompt_embeds": None}, "`prompt_embeds` .* have to be given"),
+        ({"negative_prompt_embeds": None, "guidance_scale": 2.0}, "`negative_prompt_embeds`. have to be given"),
         ({"prompt_embeds": torch.zeros(3, 77, 32)}, "1 or 1 rows"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs"),
     ],

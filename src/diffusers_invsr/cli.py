@@ -1,7 +1,6 @@
 """The command line `diffusers-invsr`: enlarge image files; convert, publish and describe models."""
 
 import logging
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -289,19 +288,15 @@ def convert(
     from .conversion import convert as convert_to_pipeline
 
     try:
-        pipe = convert_to_pipeline(
+        convert_to_pipeline(
             predictor,
             base=base,
             output=out,
             config=config,
             dtype=getattr(torch, dtype),
+            drop_text_encoder=drop_text_encoder,
             overwrite=overwrite,
         )
-        if drop_text_encoder:
-            pipe.drop_text_encoder()
-            pipe.save_pretrained(out)
-            for name in ("text_encoder", "tokenizer"):
-                shutil.rmtree(out / name)
     except (OSError, ValueError) as error:
         fail(describe(error))
     typer.echo(f"{predictor} + {base} -> {show(out.absolute())}")

@@ -188,6 +188,7 @@ def convert(
     dtype: torch.dtype | None = None,
     variant: str | None = None,
     token: str | bool | None = None,
+    drop_text_encoder: bool = False,
     overwrite: bool = False,
     model_card: dict[str, Any] | None = None,
 ) -> InvSRPipeline:
@@ -203,6 +204,8 @@ def convert(
         dtype (`torch.dtype`, *optional*): Type of all weights; by default `torch.float32`.
         variant (`str`, *optional*): Variant of SD-Turbo's files, such as `"fp16"`.
         token (`str` or `bool`, *optional*): Access token for the Hub.
+        drop_text_encoder (`bool`, defaults to `False`):
+            Whether the embeddings of the fixed prompts take the place of text encoder and tokenizer.
         overwrite (`bool`, defaults to `False`): Whether a pipeline that `output` already holds is replaced.
         model_card (`dict`, *optional*):
             What the model card says of the weights; by default that of the predictor. See [`InvSRPipeline`].
@@ -238,6 +241,8 @@ def convert(
     except (OSError, HFValidationError) as error:
         raise error if os.path.isdir(base) else FetchError(base, error) from error
 
+    if drop_text_encoder:
+        pipe.drop_text_encoder()
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:

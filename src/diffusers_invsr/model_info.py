@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from .hub import card_metadata
 from .pipeline_invsr import InvSRPipeline
 
 
@@ -86,7 +87,7 @@ def _licence(pipe: InvSRPipeline, folder: Path) -> str:
     """The licence that the folder's model card names, else the one in the pipeline's configuration."""
     from huggingface_hub import ModelCard
 
-    card = pipe.config.get("model_card") or pipe.noise_predictor.config.get("model_card") or {}
+    card = card_metadata(pipe)
     if (folder / "README.md").is_file():
         card = ModelCard((folder / "README.md").read_text(encoding="utf-8")).data.to_dict()
     names = (card.get("license_name") or card.get("license"), card.get("license_link"))

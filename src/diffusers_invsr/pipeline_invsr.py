@@ -460,7 +460,12 @@ class InvSRPipeline(
 
         # 3. Embed the prompts
         all_prompt_embeds, all_negative_prompt_embeds = self.encode_prompt(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, device
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            self.do_classifier_free_guidance,
+            device,
         )
 
         # 4. Cut the images into tiles; a run of images of one size goes through the networks together

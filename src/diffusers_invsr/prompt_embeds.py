@@ -52,6 +52,7 @@ class FixedPromptMixin:
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
+        do_classifier_free_guidance: bool = True,
         device: torch.device | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         r"""
@@ -62,11 +63,12 @@ class FixedPromptMixin:
             negative_prompt (`str` or `list[str]`, *optional*): What guidance leads away from.
             prompt_embeds (`torch.Tensor`, *optional*): Embeddings to use instead of `prompt`.
             negative_prompt_embeds (`torch.Tensor`, *optional*): Embeddings to use instead of `negative_prompt`.
+            do_classifier_free_guidance (`bool`, defaults to `True`): Whether the negative prompt is needed.
             device (`torch.device`, *optional*): Where to compute.
 
         Returns:
             `tuple[torch.Tensor | None, torch.Tensor | None]`: Both embeddings, of shape `(1 or batch, tokens, width)`;
-            `None` if the UNet takes no text.
+            `None` for what is not needed, both if the UNet takes no text.
 
         Raises:
             ValueError: If the UNet takes text and there is neither a text encoder nor embeddings.
@@ -74,19 +76,26 @@ class FixedPromptMixin:
         if not self.takes_text:
             return None, None
         device = device or self._execution_device
-        embeds = []
-        for index, (text, given) in enumerate(((prompt, prompt_embeds), (negative_prompt, negative_prompt_embeds))):
-            if given is None:
-                given = self._embed_fixed_prompts(device)[index] if text is None else self._embed(text, device)
-            embeds.append(given.to(device=device, dtype=self.unet.dtype))
-        return tuple(embeds)
+        if prompt_embeds is None:
+            prompt_embeds = self._embed_fixed_prompts(device)[0] if prompt is None else self._embed(prompt, device)
+        prompt_embeds = prompt_embeds.to(device=device, dtype=self.unet.dtype)
+        if not do_classifier_free_guidance:
+            return prompt_embeds, None
+        if negative_prompt_embeds is None:
+            negative_prompt_embeds = (
+                self._embed_fixed_prompts(device)[1]
+                if negative_prompt is None
+                else self._embed(negative_prompt, device)
+            )
+        return prompt_embeds, negative_prompt_embeds.to(device=device, dtype=self.unet.dtype)
 
     def _embed_fixed_prompts(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if self.fixed_prompt is not None:
             return self.fixed_prompt()  # a call, so that hooks of offloading see it
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
-                "`prompt_embeds` have to be given: this pipeline has neither a text encoder nor embeddings of its own."
+                "`prompt_embeds` (and for guidance `negative_prompt_embeds`) have to be given: this pipeline has"
+                " neither a text encoder nor embeddings of its own."
             )
         # Adapters and new tokens change what the text encoder says.
         key = (str(device), self.unet.dtype, id(self.text_encoder), len(self.tokenizer))
