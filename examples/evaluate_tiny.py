@@ -62,15 +62,17 @@ def reconstruct(pipe: InvSRPipeline, hr: Image.Image) -> Image.Image:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hr", type=Path, required=True, help="folder of HR photographs")
-    parser.add_argument("--pattern", default="*.png", help="which of its files, for example 'kodim1[7-9].png'")
+    parser.add_argument(
+        "--patterns", nargs="+", default=["*.png"], help="which of its files, such as 'kodim1[789].png' 'kodim2?.png'"
+    )
     parser.add_argument("--model", default=TINY, help="pipeline folder (default: the embedded model)")
     parser.add_argument("--output", type=Path, help="folder for table.md, table.json and the pictures of one step")
     parser.add_argument("--seed", type=int, default=0, help="seed of the degradation and of the sampling")
     arguments = parser.parse_args()
 
-    paths = sorted(arguments.hr.glob(arguments.pattern))
+    paths = sorted({path for pattern in arguments.patterns for path in arguments.hr.glob(pattern)})
     if not paths:
-        parser.error(f"--hr {arguments.hr} holds no file {arguments.pattern}")
+        parser.error(f"--hr {arguments.hr} holds no file {' or '.join(arguments.patterns)}")
     pipe = InvSRPipeline.from_pretrained(arguments.model)
     pipe.set_progress_bar_config(disable=True)
     random_pipe, none_pipe = with_constant_noise(pipe, 0.0), with_constant_noise(pipe, -30.0)
