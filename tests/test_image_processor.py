@@ -59,6 +59,14 @@ def test_transparent_palette_and_grey_colour_key(tmp_path):
         assert item.alpha is not None and item.grey == (mode == "L")
 
 
+def test_colour_key_of_16_bits(tmp_path):
+    values = np.arange(24, dtype=np.uint16).reshape(4, 6) * 2000
+    Image.fromarray(values).save(tmp_path / "grey.png", transparency=4000)
+    (item,) = processor.preprocess(Image.open(tmp_path / "grey.png"))
+    torch.testing.assert_close(item.pixels[0], torch.from_numpy(values / 65535).float())
+    assert np.array_equal(np.array(item.alpha) == 0, values == 4000) and item.grey
+
+
 def test_exif_orientation_is_applied(tmp_path):
     image = picture("RGB")
     exif = Image.Exif()

@@ -139,6 +139,23 @@ def test_device_map(folder, expected, device_map):
     assert (enlarge(pipe) - expected).abs().max() < 1e-5
 
 
+def test_fixed_embeddings_serve_their_own_prompt_alone(folder, tmp_path):
+    pipe = InvSRPipeline.from_pretrained(folder)
+    pipe.drop_text_encoder()
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`prompt='a house'` of the configuration cannot be used"):
+        enlarge(InvSRPipeline.from_pretrained(tmp_path, prompt="a house"))
+
+
+def test_embeddings_follow_the_text_encoders_weights(folder, expected):
+    pipe = InvSRPipeline.from_pretrained(folder)
+    assert torch.equal(enlarge(pipe), expected)
+    with torch.no_grad():
+        for weight in pipe.text_encoder.parameters():
+            weight.mul_(1.5)
+    assert not torch.equal(enlarge(pipe), expected)
+
+
 @pytest.mark.parametrize("without_text", [False, True])
 def test_from_pipe(folder, expected, warnings, without_text):
     pipe = InvSRPipeline.from_pretrained(folder, tile_size=64)

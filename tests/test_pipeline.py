@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, DDIMScheduler
+from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
 from diffusers_invsr import InvSRPipeline, InvSRPipelineOutput
@@ -256,36 +257,76 @@ def test_no_component_is_changed_by_a_call(pipe):
     [
         ({"num_steps": 0}, "`num_steps` has to be a positive integer, but is 0"),
         ({"num_steps": 2.5}, "`num_steps` has to be a positive integer, but is 2.5"),
+        ({"num_steps": True}, "`num_steps` has to be a positive integer, but is True"),
         ({"num_steps": 300}, "from 1 to 250, but is 300"),
         ({"num_steps": 3, "timesteps": [200, 100]}, "contradicts"),
         ({"timesteps": [100, 200]}, "descend"),
+        ({"timesteps": 200}, "`timesteps` has to be a list of one or more integers, but is 200"),
+        ({"timesteps": "200"}, "`timesteps` has to be a list of one or more integers, but is '200'"),
+        ({"timesteps": [float("nan")]}, "`timesteps` has to be a list of one or more integers"),
+        ({"start_timestep": "200"}, "`start_timestep` has to be one of .* but is '200'"),
         ({"start_timestep": 300}, "`start_timestep` has to be one of"),
         ({"scale": 0.5}, "`scale` has to be from 1 to 8, but is 0.5"),
         ({"scale": 9}, "`scale` has to be from 1 to 8, but is 9"),
+        ({"scale": "2"}, "`scale` has to be from 1 to 8, but is '2'"),
+        ({"target_size": 64}, r"`target_size` has to be \(height, width\) in pixels, but is 64"),
+        ({"target_size": (float("inf"), 64)}, r"`target_size` has to be \(height, width\)"),
         ({"scale": float("nan")}, "`scale` has to be from 1 to 8, but is nan"),
         ({"scale": 2, "target_size": (64, 64)}, "cannot both be given"),
         ({"target_size": (16, 64)}, "1 to 8 times"),
         ({"target_size": (64, 300)}, "1 to 8 times"),
         ({"target_size": (64,)}, r"\(height, width\)"),
+        ({"eta": None}, "`eta` has to be from 0 to 1, but is None"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` has to be a finite number, but is nan"),
         ({"eta": 1.5}, "`eta` has to be from 0 to 1, but is 1.5"),
-        ({"tile_size": 30}, "positive multiple of 4 or None, but is 30"),
-        ({"tile_size": 0}, "positive multiple of 4 or None, but is 0"),
+        ({"tile_size": 30}, "positive multiple of 4, 'auto' or None, but is 30"),
+        ({"tile_size": 0}, "positive multiple of 4, 'auto' or None, but is 0"),
+        ({"tile_size": "foo"}, "positive multiple of 4, 'auto' or None, but is 'foo'"),
         ({"tile_size": 32, "tile_overlap": 32}, "`tile_overlap` has to be from 0 to less than"),
         ({"tile_batch_size": 0}, "`tile_batch_size` has to be a positive integer"),
         ({"color_fix": "lab"}, "`color_fix` has to be None or one of"),
         ({"output_type": "jpg"}, "`output_type` has to be"),
+        ({"color_fix": "wavelet", "output_type": "latent"}, "cannot be applied with `output_type='latent'`"),
+        ({"generator": 5}, "`generator` has to be a torch.Generator or one for each image, but is 5"),
+        ({"callback_on_step_end": 3}, "`callback_on_step_end` has to be callable, but is 3"),
         ({"generator": [generator()] * 2}, "2 generators for 1 images"),
         ({"prompt": "sharp"}, "`prompt` and `prompt_embeds` cannot both be given"),
         ({"prompt": "sharp", "prompt_embeds": None}, "no text encoder"),
-        ({"prompt_embeds": None}, "`prompt_embeds` .* have to be given"),
-        ({"negative_prompt_embeds": None, "guidance_scale": 2.0}, "`negative_prompt_embeds`. have to be given"),
-        ({"prompt_embeds": torch.zeros(3, 77, 32)}, "1 or 1 rows"),
+        ({"prompt_embeds": None}, "`prompt_embeds` has to be given"),
+        ({"negative_prompt_embeds": None, "guidance_scale": 2.0}, "`negative_prompt_embeds` has to be given"),
+        ({"prompt_embeds": torch.zeros(3, 77, 32)}, r"shape \(1 or 1, tokens, 32\), but its shape is \(3, 77, 32\)"),
+        ({"prompt_embeds": torch.zeros(1, 77, 16)}, r"but its shape is \(1, 77, 16\)"),
+        ({"negative_prompt_embeds": torch.zeros(1, 76, 32), "guidance_scale": 2.0}, "has to have 77 tokens"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs"),
     ],
 )
 def test_wrong_arguments_are_refused(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe(photo(), **arguments)
+
+
+def test_integers_and_lists_of_numpy_and_torch(pipe):
+    expected = pipe(photo(), timesteps=[200, 100], tile_size=16)
+    for timesteps in (np.array([200, 100]), torch.tensor([200, 100]), (200, 100)):
+        assert torch.equal(pipe(photo(), timesteps=timesteps, tile_size=np.int64(16)), expected)
+
+
+def test_guidance_changed_by_a_callback_holds_for_the_tile_alone(pipe):
+    callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    arguments = {"num_steps": 2, "guidance_scale": 2.5, "tile_overlap": 0, "callback_on_step_end": callback}
+    tiled = pipe(torch.cat([photo()] * 2, dim=-1), tile_size=32, generator=None, **arguments)
+    assert tiled.shape == (1, 3, 128, 256)
+    calls = []
+    hook = pipe.pipeline.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    pipe(torch.cat([photo()] * 2, dim=-1), tile_size=32, **arguments)
+    hook.remove()
+    assert calls == [2, 1, 2, 1]  # with guidance in the first step of each tile
+
+
+def test_scheduler_of_another_kind_is_refused(pipe):
+    pipe.pipeline.register_modules(scheduler=DDIMScheduler.from_config(pipe.pipeline.scheduler.config))
+    with pytest.raises(ValueError, match="`scheduler` has to be an InvSRScheduler, but is a DDIMScheduler"):
+        pipe(photo())
 
 
 def test_untrained_start_is_allowed_with_a_warning(pipe, caplog):

@@ -59,7 +59,7 @@ def test_any_start_descends_strictly(start, num_steps):
     assert all(later < earlier for earlier, later in zip(schedule, schedule[1:])) and schedule[-1] >= 1
 
 
-def test_timesteps_by_hand(caplog):
+def test_timesteps_by_hand():
     assert steps(timesteps=[250, 150, 50]) == [250, 150, 50]
     assert steps(timesteps=[250, 1], num_inference_steps=2, start_timestep=250) == [250, 1]
 
@@ -68,6 +68,8 @@ def test_timesteps_by_hand(caplog):
     "arguments, message",
     [
         ({"num_inference_steps": 0}, "from 1 to 250, but is 0"),
+        ({"num_inference_steps": 0, "start_timestep": 200}, "from 1 to 250, but is 0"),
+        ({"num_inference_steps": "3"}, "from 1 to 250, but is '3'"),
         ({"num_inference_steps": 251}, "from 1 to 250, but is 251"),
         ({"num_inference_steps": 1, "start_timestep": 300}, "one of .250, 200, 150, 100., but is 300"),
         ({"num_inference_steps": 1, "start_timestep": 220}, "one of .250, 200, 150, 100., but is 220"),

@@ -219,6 +219,7 @@ def check_options(pipe: "InvSRPipeline", options: dict):
             prompt_embeds=None,
             negative_prompt_embeds=None,
             output_type="pil",
+            callback_on_step_end=None,
             callback_on_step_end_tensor_inputs=[],
         )
     except ValueError as error:

@@ -84,18 +84,19 @@ class InvSRImageProcessor:
     def _read_pil(self, image: Image.Image) -> InputImage:
         self._check_size(image.height, image.width)
         image = ImageOps.exif_transpose(image)
-        if image.mode in ALPHA_MODES or "transparency" in image.info:
-            image = image.convert("LA" if image.mode in GREY_MODES else "RGBA")
-        elif image.mode.startswith("I;16"):
-            return self._split_channels(np.array(image)[..., None].astype(np.uint16))
-        elif image.mode == "I":  # 32 bits, but what Pillow reads into it are 16-bit files
+        if image.mode == "I" or image.mode.startswith("I;16"):
             values = np.array(image)
-            if values.min() < 0 or values.max() > 65535:
+            if values.min() < 0 or values.max() > 65535:  # mode I has 32 bits, but holds what was read from 16
                 raise ValueError(
-                    "`image` of mode 'I' has to have values in 0 ... 65535, but has"
+                    f"`image` of mode {image.mode!r} has to have values in 0 ... 65535, but has"
                     f" {values.min()} ... {values.max()}."
                 )
-            return self._split_channels(values[..., None].astype(np.uint16))
+            channels = [values]
+            if "transparency" in image.info:
+                channels.append(np.where(values == image.info["transparency"], 0, 65535))
+            return self._split_channels(np.stack(channels, axis=-1).astype(np.uint16))
+        if image.mode in ALPHA_MODES or "transparency" in image.info:
+            image = image.convert("LA" if image.mode in GREY_MODES else "RGBA")
         elif image.mode == "1":
             image = image.convert("L")
         elif image.mode not in ("L", "F"):
@@ -142,7 +143,7 @@ class InvSRImageProcessor:
             raise ValueError("`image` has to hold finite values, but has NaN or infinity.")
         if pixels.min() < 0 or pixels.max() > 1:
             raise ValueError(
-                f"`image` of floats has to have values in [0, 1], but has {pixels.min():.4g} ... {pixels.max():.4g}."
+                f"`image` of floats has to have values in [0, 1], but has {pixels.min()} ... {pixels.max()}."
             )
         return pixels.astype(np.float32)
 

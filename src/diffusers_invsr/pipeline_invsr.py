@@ -1,5 +1,6 @@
 """InvSR: super-resolution by diffusion inversion (https://arxiv.org/abs/2412.09013)."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -9,13 +10,16 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ModelMixin, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.schedulers import DDIMScheduler
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from .checks import is_integer, is_real
 from .color_fix import COLOR_FIXES, apply_color_fix
 from .hub import HubMixin
 from .image_processor import InputImage, InvSRImageProcessor
@@ -102,7 +106,7 @@ class InvSRPipeline(
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = InvSRImageProcessor()
-        self._fixed_prompt_embeds = {}
+        self._fixed_prompt_embeds, self._fixed_prompt_source = {}, None
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
@@ -152,62 +156,61 @@ class InvSRPipeline(
         prompt_embeds: torch.Tensor | None,
         negative_prompt_embeds: torch.Tensor | None,
         output_type: str,
+        callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
     ):
         for name, value in (("num_steps", num_steps), ("tile_batch_size", tile_batch_size)):
-            if not isinstance(value, int) or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ValueError(f"`{name}` has to be a positive integer, but is {value!r}.")
         if scale is not None and target_size is not None:
             raise ValueError(f"`scale={scale}` and `target_size={target_size}` cannot both be given.")
-        if scale is not None and not MIN_SCALE <= scale <= MAX_SCALE:
-            raise ValueError(f"`scale` has to be from {MIN_SCALE} to {MAX_SCALE}, but is {scale}.")
-        if target_size is not None and (len(target_size) != 2 or any(int(side) != side for side in target_size)):
-            raise ValueError(f"`target_size` has to be (height, width) in pixels, but is {target_size}.")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"`eta` has to be from 0 to 1, but is {eta}.")
+        if scale is not None and not (is_real(scale) and MIN_SCALE <= scale <= MAX_SCALE):
+            raise ValueError(f"`scale` has to be from {MIN_SCALE} to {MAX_SCALE}, but is {scale!r}.")
+        if target_size is not None and not (
+            isinstance(target_size, (list, tuple, np.ndarray, torch.Size))
+            and len(target_size) == 2
+            and all(is_real(side) and int(side) == side for side in target_size)
+        ):
+            raise ValueError(f"`target_size` has to be (height, width) in pixels, but is {target_size!r}.")
+        if not is_real(eta) or not 0 <= eta <= 1:
+            raise ValueError(f"`eta` has to be from 0 to 1, but is {eta!r}.")
         if tile_size is not None:
             multiple = self.size_multiple
-            if not isinstance(tile_size, int) or tile_size < 1 or tile_size % multiple:
+            if not is_integer(tile_size) or tile_size < 1 or tile_size % multiple:
                 raise ValueError(
-                    f"`tile_size` has to be a positive multiple of {multiple} or None, but is {tile_size!r}."
+                    f"`tile_size` has to be a positive multiple of {multiple}, 'auto' or None, but is {tile_size!r}."
                 )
-            if not isinstance(tile_overlap, int) or not 0 <= tile_overlap < tile_size:
+            if not is_integer(tile_overlap) or not 0 <= tile_overlap < tile_size:
                 raise ValueError(
                     f"`tile_overlap` has to be from 0 to less than `tile_size={tile_size}`, but is {tile_overlap!r}."
                 )
-        if color_fix not in (None, *COLOR_FIXES):
-            raise ValueError(f"`color_fix` has to be None or one of {COLOR_FIXES}, but is {color_fix!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
-        if isinstance(generator, list) and len(generator) != num_images:
-            raise ValueError(f"`generator` has {len(generator)} generators for {num_images} images.")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if color_fix not in (None, *COLOR_FIXES):
+            raise ValueError(f"`color_fix` has to be None or one of {COLOR_FIXES}, but is {color_fix!r}.")
+        if color_fix is not None and output_type == "latent":
+            raise ValueError(f"`color_fix={color_fix!r}` cannot be applied with `output_type='latent'`.")
+        generators = generator if isinstance(generator, (list, tuple)) else [generator] * num_images
+        if generator is not None and not all(isinstance(item, torch.Generator) for item in generators):
+            raise ValueError(f"`generator` has to be a torch.Generator or one for each image, but is {generator!r}.")
+        if len(generators) != num_images:
+            raise ValueError(f"`generator` has {len(generators)} generators for {num_images} images.")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` has to be callable, but is {callback_on_step_end!r}.")
+        unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has to be among {self._callback_tensor_inputs}, but has"
                 f" {sorted(unknown)}."
             )
+        self.check_prompts(num_images, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale)
 
-        for name, text, embeds in (
-            ("prompt", prompt, prompt_embeds),
-            ("negative_prompt", negative_prompt, negative_prompt_embeds),
-        ):
-            if text is not None and embeds is not None:
-                raise ValueError(f"`{name}` and `{name}_embeds` cannot both be given.")
-            if text is not None and (self.text_encoder is None or self.tokenizer is None):
-                raise ValueError(f"`{name}={text!r}` cannot be used: this pipeline has no text encoder and tokenizer.")
-            if text is not None and not isinstance(text, str) and len(text) != num_images:
-                raise ValueError(
-                    f"`{name}` has to be a string or one for each of {num_images} images, but is {text!r}."
-                )
-            if embeds is not None and embeds.shape[0] not in (1, num_images):
-                raise ValueError(
-                    f"`{name}_embeds` has to have 1 or {num_images} rows, but its shape is {tuple(embeds.shape)}."
-                )
-        if guidance_scale > 1 and not self.takes_text:
-            raise ValueError(f"`guidance_scale={guidance_scale}` cannot be used: this pipeline's UNet takes no text.")
-
-        # What the checkpoint's scale, the VAE and the noise predictor have to agree on (section 3.2)
+        # What the components have to agree on
+        if "start_timestep" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(
+                f"`scheduler` has to be an InvSRScheduler, but is a {type(self.scheduler).__name__}: use"
+                " `InvSRScheduler.from_config(pipe.scheduler.config)`."
+            )
         latents_per_lr = self.config.scale / self.vae_scale_factor
         reduction = 2 ** (len(self.noise_predictor.config.block_out_channels) - 1)
         if latents_per_lr * reduction != 1:
@@ -236,6 +239,11 @@ class InvSRPipeline(
         shape = (batch_size, self.vae.config.latent_channels, int(height * side), int(width * side))
         return torch.stack([randn_tensor(shape, generator=generator, device=device) for _ in range(num_maps)])
 
+    @staticmethod
+    def _draw(dist: DiagonalGaussianDistribution, noise: torch.Tensor) -> torch.Tensor:
+        """`mean + exp(logvar / 2) * noise` in float32, whatever the network's number type."""
+        return dist.mean.float() + torch.exp(0.5 * dist.logvar.float()) * noise
+
     def encode_image(self, image: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         r"""
         Latents of an image, drawn from the VAE's posterior: `z = c * (mean + std * noise)`.
@@ -250,7 +258,7 @@ class InvSRPipeline(
         """
         encoded = self.vae.encode((2 * image - 1).to(self.vae.dtype))
         if hasattr(encoded, "latent_dist"):
-            latents = encoded.latent_dist.mean.float() + encoded.latent_dist.std.float() * noise
+            latents = self._draw(encoded.latent_dist, noise)
         else:
             latents = encoded.latents.float()
         return self.vae.config.scaling_factor * latents
@@ -271,7 +279,7 @@ class InvSRPipeline(
             `torch.Tensor`: Noisy latents at `timestep`, float32.
         """
         noise_dist = self.noise_predictor((2 * lr - 1).to(self.noise_predictor.dtype), timestep).latent_dist
-        noise_map = noise_dist.mean.float() + noise_dist.std.float() * noise[0]
+        noise_map = self._draw(noise_dist, noise[0])
         latents = self.encode_image(enlarged, noise[1])
         return self.scheduler.add_noise(latents, noise_map, timestep)
 
@@ -371,11 +379,14 @@ class InvSRPipeline(
                 The LR images. PIL of any mode; arrays `(H, W)`, `(H, W, C)` or `(B, H, W, C)`; tensors `(C, H, W)` or
                 `(B, C, H, W)`; floats in [0, 1], integers by their type's range. Transparency is enlarged as well.
             num_steps (`int`, defaults to 1):
-                Number of diffusion steps. The published schedules are [200], [200, 100], [200, 100, 50],
-                [200, 150, 100, 50] and [250, 200, 150, 100, 50]; more, up to 250, are spread evenly from 250.
+                Number of diffusion steps; 1 beside `timesteps` counts as not given. The published schedules are
+                [200], [200, 100], [200, 100, 50], [200, 150, 100, 50] and [250, 200, 150, 100, 50]; more, up to 250,
+                are spread evenly from 250.
             start_timestep (`int`, *optional*): First step: 250, 200, 150 or 100 (counted from 1, as in the paper).
             timesteps (`list[int]`, *optional*): The whole schedule instead: strictly descending, in 1 ... 250.
-            scale (`float`, *optional*): Enlargement, from 1 to 8; by default the checkpoint's own (4).
+            scale (`float`, *optional*):
+                Enlargement, from 1 to 8; by default the checkpoint's own (4). At another one the VAE sees the image
+                enlarged to the target size, and the noise predictor sees it resized to the target size over 4.
             target_size (`tuple[int, int]`, *optional*): Height and width of the result, instead of `scale`.
             prompt (`str` or `list[str]`, *optional*): Prompt in place of the fixed one.
             negative_prompt (`str` or `list[str]`, *optional*): Negative prompt in place of the fixed one.
@@ -386,7 +397,7 @@ class InvSRPipeline(
                 `None` processes the image whole.
             tile_overlap (`int`, *optional*):
                 LR pixels that neighbouring tiles share; by default a quarter of the tile. The published tiling is half
-                of it.
+                of it. Without tiles it has no effect.
             tile_batch_size (`int`, defaults to 1): Tiles that go through the networks at once.
             color_fix (`str`, *optional*): `"wavelet"`, `"ycbcr"` or `"adain"`: take the colours from the LR image.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -423,9 +434,11 @@ class InvSRPipeline(
         """
         # 1. Check the arguments and read the images
         inputs = self.image_processor.preprocess(image)
-        tile_size = self.config.tile_size if tile_size == "auto" else tile_size
-        if tile_overlap is None and isinstance(tile_size, int):
+        tile_size = self.config.tile_size if isinstance(tile_size, str) and tile_size == "auto" else tile_size
+        if tile_overlap is None and is_integer(tile_size):
             tile_overlap = tile_size // 4
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
             len(inputs),
             num_steps,
@@ -443,6 +456,7 @@ class InvSRPipeline(
             prompt_embeds,
             negative_prompt_embeds,
             output_type,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
         )
         device = self._execution_device
@@ -484,13 +498,14 @@ class InvSRPipeline(
             for run, grid, blender, corners in batches:
                 if self.interrupt:
                     continue
+                self._guidance_scale = guidance_scale  # a callback may have changed it for the tiles before
                 batch_size = run.stop - run.start
                 lr, enlarged = (torch.cat(tiles).to(device) for tiles in zip(*(grid.cut(*at) for at in corners)))
                 prompt_embeds = self._repeat(all_prompt_embeds, run, len(corners))
                 negative_prompt_embeds = self._repeat(all_negative_prompt_embeds, run, len(corners))
 
                 # 5. Draw the noise tile by tile, so that the result does not depend on how tiles are batched
-                run_generator = generator[run] if isinstance(generator, list) else generator
+                run_generator = list(generator[run]) if isinstance(generator, (list, tuple)) else generator
                 num_maps = 2 + (len(indices) - 1 if eta > 0 else 0)
                 noise = [
                     self.prepare_noise(batch_size, *lr.shape[-2:], num_maps, run_generator, device) for _ in corners
@@ -511,7 +526,7 @@ class InvSRPipeline(
                     model_output = self.unet(latents_input, index, encoder_hidden_states=embeds).sample.float()
                     if self.do_classifier_free_guidance:
                         unconditional, conditional = model_output.chunk(2)
-                        model_output = unconditional + guidance_scale * (conditional - unconditional)
+                        model_output = unconditional + self.guidance_scale * (conditional - unconditional)
                     variance_noise = noise[2 + i] if eta > 0 and i < len(indices) - 1 else None
                     latents = self.scheduler.step(
                         model_output, index, latents, eta, variance_noise=variance_noise

@@ -1,9 +1,13 @@
 """The fixed prompts: how a pipeline embeds them, and the component that stands in for a text encoder."""
 
+import weakref
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+
+from .checks import is_real
 
 
 # The fixed prompts of the published weights.
@@ -24,10 +28,18 @@ class InvSRPromptEmbeds(ModelMixin, ConfigMixin):
     Args:
         num_tokens (`int`, defaults to 77): Tokens of a prompt.
         embed_dim (`int`, defaults to 1024): Width of the text encoder.
+        prompt (`str`): The text whose embeddings these are.
+        negative_prompt (`str`): The same for the negative prompt.
     """
 
     @register_to_config
-    def __init__(self, num_tokens: int = 77, embed_dim: int = 1024):
+    def __init__(
+        self,
+        num_tokens: int = 77,
+        embed_dim: int = 1024,
+        prompt: str = PROMPT,
+        negative_prompt: str = NEGATIVE_PROMPT,
+    ):
         super().__init__()
         self.prompt_embeds = nn.Parameter(torch.zeros(1, num_tokens, embed_dim), requires_grad=False)
         self.negative_prompt_embeds = nn.Parameter(torch.zeros(1, num_tokens, embed_dim), requires_grad=False)
@@ -77,33 +89,86 @@ class FixedPromptMixin:
             return None, None
         device = device or self._execution_device
         if prompt_embeds is None:
-            prompt_embeds = self._embed_fixed_prompts(device)[0] if prompt is None else self._embed(prompt, device)
+            prompt_embeds = self._embed_fixed("prompt", device) if prompt is None else self._embed(prompt, device)
         prompt_embeds = prompt_embeds.to(device=device, dtype=self.unet.dtype)
         if not do_classifier_free_guidance:
             return prompt_embeds, None
-        if negative_prompt_embeds is None:
-            negative_prompt_embeds = (
-                self._embed_fixed_prompts(device)[1]
-                if negative_prompt is None
-                else self._embed(negative_prompt, device)
-            )
+        if negative_prompt_embeds is None and negative_prompt is None:
+            negative_prompt_embeds = self._embed_fixed("negative_prompt", device)
+        elif negative_prompt_embeds is None:
+            negative_prompt_embeds = self._embed(negative_prompt, device)
         return prompt_embeds, negative_prompt_embeds.to(device=device, dtype=self.unet.dtype)
 
-    def _embed_fixed_prompts(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def check_prompts(
+        self,
+        num_images: int,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        guidance_scale: float,
+    ):
+        """Raises a ValueError for prompts or embeddings that do not fit the pipeline or the number of images."""
+        width = self.unet.config.cross_attention_dim
+        for name, text, embeds in (
+            ("prompt", prompt, prompt_embeds),
+            ("negative_prompt", negative_prompt, negative_prompt_embeds),
+        ):
+            if text is not None and embeds is not None:
+                raise ValueError(f"`{name}` and `{name}_embeds` cannot both be given.")
+            if text is not None and (self.text_encoder is None or self.tokenizer is None):
+                raise ValueError(f"`{name}={text!r}` cannot be used: this pipeline has no text encoder and tokenizer.")
+            texts = text if isinstance(text, (list, tuple)) else [text] * num_images
+            if text is not None and not (len(texts) == num_images and all(isinstance(item, str) for item in texts)):
+                raise ValueError(
+                    f"`{name}` has to be a string or one for each of {num_images} images, but is {text!r}."
+                )
+            if embeds is None:
+                continue
+            if not self.takes_text:
+                raise ValueError(f"`{name}_embeds` cannot be used: this pipeline's UNet takes no text.")
+            shape = tuple(getattr(embeds, "shape", ()))
+            if len(shape) != 3 or shape[0] not in (1, num_images) or shape[2] != width:
+                raise ValueError(
+                    f"`{name}_embeds` has to be a tensor of shape (1 or {num_images}, tokens, {width}), but its shape"
+                    f" is {shape}."
+                )
+        lengths = {embeds.shape[1] for embeds in (prompt_embeds, negative_prompt_embeds) if embeds is not None}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"`negative_prompt_embeds` has to have {prompt_embeds.shape[1]} tokens like `prompt_embeds`, but its"
+                f" shape is {tuple(negative_prompt_embeds.shape)}."
+            )
+        if not is_real(guidance_scale):
+            raise ValueError(f"`guidance_scale` has to be a finite number, but is {guidance_scale!r}.")
+        if guidance_scale > 1 and not self.takes_text:
+            raise ValueError(f"`guidance_scale={guidance_scale}` cannot be used: this pipeline's UNet takes no text.")
+
+    def _embed_fixed(self, name: str, device: torch.device) -> torch.Tensor:
+        """Embeddings of the fixed prompt `name` ("prompt" or "negative_prompt"), from the cache if nothing changed."""
+        text = self.config[name]
         if self.fixed_prompt is not None:
-            return self.fixed_prompt()  # a call, so that hooks of offloading see it
+            if text != self.fixed_prompt.config[name]:
+                raise ValueError(
+                    f"`{name}={text!r}` of the configuration cannot be used: this pipeline holds the embeddings of"
+                    f" {self.fixed_prompt.config[name]!r} and no text encoder."
+                )
+            # A call, so that hooks of offloading see it
+            return dict(zip(("prompt", "negative_prompt"), self.fixed_prompt()))[name]
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError(
-                "`prompt_embeds` (and for guidance `negative_prompt_embeds`) have to be given: this pipeline has"
-                " neither a text encoder nor embeddings of its own."
+                f"`{name}_embeds` has to be given: this pipeline has neither a text encoder nor embeddings of its own."
             )
-        # Adapters and new tokens change what the text encoder says.
-        key = (str(device), self.unet.dtype, id(self.text_encoder), len(self.tokenizer))
-        if getattr(self.text_encoder, "peft_config", None):
-            return self._embed(self.config.prompt, device), self._embed(self.config.negative_prompt, device)
+        if getattr(self.text_encoder, "peft_config", None):  # adapters may be switched at any time
+            return self._embed(text, device)
+        versions = sum(0 if weight.is_inference() else weight._version for weight in self.text_encoder.parameters())
+        source = (weakref.ref(self.text_encoder), versions, len(self.tokenizer))
+        if source != self._fixed_prompt_source:
+            self._fixed_prompt_source = source
+            self._fixed_prompt_embeds.clear()
+        key = (text, str(device), self.unet.dtype)
         if key not in self._fixed_prompt_embeds:
-            prompts = (self.config.prompt, self.config.negative_prompt)
-            self._fixed_prompt_embeds[key] = tuple(self._embed(prompt, device) for prompt in prompts)
+            self._fixed_prompt_embeds[key] = self._embed(text, device)
         return self._fixed_prompt_embeds[key]
 
     def _embed(self, text: str | list[str], device: torch.device) -> torch.Tensor:
@@ -117,14 +182,17 @@ class FixedPromptMixin:
         )
         return self.text_encoder(tokens.input_ids.to(device))[0]
 
+    @torch.no_grad()
     def drop_text_encoder(self):
         """Replace text encoder and tokenizer by the embeddings of the fixed prompts (saves 1.4 GB in float32)."""
         if self.text_encoder is None:
             raise ValueError("This pipeline has no text encoder to drop.")
-        with torch.no_grad():
-            prompt_embeds, negative_prompt_embeds = self._embed_fixed_prompts(self._execution_device)
-        fixed_prompt = InvSRPromptEmbeds(*prompt_embeds.shape[1:]).to(prompt_embeds.device, prompt_embeds.dtype)
-        fixed_prompt.prompt_embeds.copy_(prompt_embeds)
-        fixed_prompt.negative_prompt_embeds.copy_(negative_prompt_embeds)
+        names = ("prompt", "negative_prompt")
+        embeds = [self._embed_fixed(name, self._execution_device).clone() for name in names]
+        texts = {name: self.config[name] for name in names}
+        fixed_prompt = InvSRPromptEmbeds(*embeds[0].shape[1:], **texts).eval()
+        fixed_prompt.prompt_embeds, fixed_prompt.negative_prompt_embeds = (
+            nn.Parameter(tensor, requires_grad=False) for tensor in embeds
+        )
         self.register_modules(fixed_prompt=fixed_prompt, text_encoder=None, tokenizer=None)
         self._fixed_prompt_embeds.clear()

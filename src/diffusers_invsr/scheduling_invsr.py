@@ -11,6 +11,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+from .checks import is_integer
+
 
 logger = logging.get_logger(__name__)
 
@@ -40,8 +42,8 @@ def published_schedule(num_steps: int) -> list[int]:
     Raises:
         ValueError: If `num_steps` is not from 1 to 250.
     """
-    if not 1 <= num_steps <= MAX_TIMESTEP:
-        raise ValueError(f"`num_steps` has to be from 1 to {MAX_TIMESTEP}, but is {num_steps}.")
+    if not is_integer(num_steps) or not 1 <= num_steps <= MAX_TIMESTEP:
+        raise ValueError(f"`num_steps` has to be an integer from 1 to {MAX_TIMESTEP}, but is {num_steps!r}.")
     if num_steps in PUBLISHED_SCHEDULES:
         return list(PUBLISHED_SCHEDULES[num_steps])
     return [MAX_TIMESTEP * (num_steps - i) // num_steps for i in range(num_steps)]
@@ -66,7 +68,7 @@ def starting_schedule(num_steps: int, start_timestep: int) -> list[int]:
         ValueError: If the start is not one of the four, or if there are not `num_steps` integers to choose from.
     """
     if start_timestep not in START_TIMESTEPS:
-        raise ValueError(f"`start_timestep` has to be one of {START_TIMESTEPS}, but is {start_timestep}.")
+        raise ValueError(f"`start_timestep` has to be one of {START_TIMESTEPS}, but is {start_timestep!r}.")
     published = published_schedule(num_steps)
     if published[0] == start_timestep:
         return published
@@ -97,9 +99,10 @@ def check_timesteps(timesteps: Sequence[int], num_steps: int | None = None) -> l
     Raises:
         ValueError: If they are not strictly descending integers in 1 ... 250, or not `num_steps` many.
     """
-    steps = [int(step) for step in timesteps]
-    if not steps or any(step != given for step, given in zip(steps, timesteps)):
+    steps = timesteps.tolist() if isinstance(timesteps, (np.ndarray, torch.Tensor)) else timesteps
+    if not isinstance(steps, (list, tuple, range)) or not steps or not all(is_integer(step) for step in steps):
         raise ValueError(f"`timesteps` has to be a list of one or more integers, but is {timesteps!r}.")
+    steps = [int(step) for step in steps]
     if not all(1 <= step <= MAX_TIMESTEP for step in steps):
         raise ValueError(f"`timesteps` have to be in 1 ... {MAX_TIMESTEP} (counted as in the paper), but are {steps}.")
     if any(later >= earlier for earlier, later in zip(steps, steps[1:])):
@@ -116,7 +119,8 @@ class InvSRScheduler(DDIMScheduler):
 
     It differs from [`~diffusers.DDIMScheduler`] in `set_timesteps` (which chooses the published schedules) and in the
     previous step of `step`, which is the next one of the schedule rather than a fixed stride away. The defaults are
-    SD-Turbo's diffusion process, and its `EulerDiscreteScheduler` file loads as it is.
+    SD-Turbo's diffusion process, and its `EulerDiscreteScheduler` file loads as it is. `from_config` of a scheduler
+    that was made with its own defaults gets ours in their place, as between all schedulers of diffusers.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): Steps of the whole diffusion process.
@@ -202,7 +206,7 @@ class InvSRScheduler(DDIMScheduler):
             if steps[0] not in START_TIMESTEPS:
                 logger.warning(f"Noise predictors are trained to start at {START_TIMESTEPS}, not at {steps[0]}.")
         elif start_timestep is not None:
-            steps = starting_schedule(num_inference_steps or 1, start_timestep)
+            steps = starting_schedule(1 if num_inference_steps is None else num_inference_steps, start_timestep)
         else:
             steps = published_schedule(1 if num_inference_steps is None else num_inference_steps)
         self.num_inference_steps = len(steps)
