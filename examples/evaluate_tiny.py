@@ -29,7 +29,7 @@ def luma(image: np.ndarray) -> np.ndarray:
 
 def psnr(result: np.ndarray, target: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB, for a peak of 255."""
-    return 10 * np.log10(255**2 / np.mean((result.astype(np.float64) - target.astype(np.float64)) ** 2))
+    return float(10 * np.log10(255**2 / np.mean((result.astype(np.float64) - target.astype(np.float64)) ** 2)))
 
 
 def measure(result: Image.Image, hr: Image.Image) -> dict[str, float]:
@@ -38,7 +38,7 @@ def measure(result: Image.Image, hr: Image.Image) -> dict[str, float]:
     ssim = structural_similarity(
         luma(result), luma(hr), data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
-    return {"psnr_rgb": psnr(result, hr), "psnr_y": psnr(luma(result), luma(hr)), "ssim_y": ssim}
+    return {"psnr_rgb": psnr(result, hr), "psnr_y": psnr(luma(result), luma(hr)), "ssim_y": float(ssim)}
 
 
 def with_constant_noise(pipe: InvSRPipeline, logvar: float) -> InvSRPipeline:

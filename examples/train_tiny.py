@@ -431,6 +431,11 @@ def assemble(args: argparse.Namespace) -> None:
         model_card=MODEL_CARD,
     )
     pipeline.save_pretrained(args.output)
+    # AutoencoderTiny saves an entry that it warns of when it is loaded; it derives it anew.
+    config = args.output / "vae" / "config.json"
+    entries = json.loads(config.read_text())
+    del entries["block_out_channels"]
+    config.write_text(json.dumps(entries, indent=2) + "\n")
     size = sum(file.stat().st_size for file in args.output.rglob("*.safetensors"))
     log(args, stage="assemble", megabytes=size / 1e6)
     # What a model card has to tell of the training: the last record of each stage.
