@@ -427,3 +427,42 @@ def test_push(folder, model):
         assert process.returncode == 0, errors
         assert output.endswith("me/model\n")
         assert {"model_index.json", "pipeline.py", "README.md"} <= set(hub.files("me/model"))
+
+
+def test_names_do_not_change_when_files_join(folder, model):
+    save("in/a.png")
+    run("upscale", "in", "-o", "out", "--model", model)
+    save("in/a.gif", "in/A.bmp")
+    assert "2 enlarged, 1 skipped" in run("upscale", "in", "-o", "out", "--model", model)
+    assert Image.open("out/a.png").size == (48, 40) and len(names_in("out")) == 3
+
+
+def test_links_do_not_multiply_the_work(folder, model):
+    save("in/a.png")
+    Path("in/loop").symlink_to("..")
+    output = run("upscale", "in/**/*.png", "-o", "out", "--model", model)
+    assert output.count("->") == 1 and names_in("out") == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["-o", "a.txt/sub"], "cannot be made"),
+        (["-o", "out", "--suffix", "x" * 300], "longer than 255 bytes"),
+        (["-o", "out", "--seed", str(2**64)], "--seed"),
+        (["-o", "out", "--device", "meta"], "'meta' cannot be used"),
+    ],
+)
+def test_hopeless_commands_end_before_any_work(folder, model, arguments, message):
+    save("a.png")
+    Path("a.txt").write_text("not a folder")
+    assert message in run("upscale", "a.png", *arguments, "--model", model, status=2)
+    assert not Path("out").exists()
+
+
+def test_exif_too_long_for_jpeg_is_left_out(folder, model):
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = "x" * 70_000
+    make_image().save("a.png", exif=exif)
+    assert "without its EXIF data" in run("upscale", "a.png", "-o", "out", "--format", "jpg", "--model", model)
+    assert Image.open("out/a.jpg").size == (48, 40)

@@ -229,3 +229,15 @@ def test_card_follows_the_weights(base, config):
     card = create_model_card(InvSRNoisePredictor(**config), "me/unknown")
     assert card.data.license is None
     assert "has not stated a licence" in card.text
+
+
+@pytest.mark.parametrize("content", ["{bad", "[1]"])
+def test_config_file_has_to_be_a_json_object(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json'` has to be a file with a JSON object"):
+        load_noise_predictor(FIXTURES / "noise_predictor_original.pth", config=tmp_path / "config.json")
+
+
+def test_dtype_has_to_be_a_floating_point_type():
+    with pytest.raises(ValueError, match="`dtype` has to be a floating-point type .* but is 'float16'"):
+        load_noise_predictor(FIXTURES / "noise_predictor_original.pth", dtype="float16")

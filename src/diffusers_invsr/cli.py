@@ -1,6 +1,7 @@
 """The command line `diffusers-invsr`: enlarge image files; convert, publish and describe models."""
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -98,7 +99,7 @@ def upscale(
     color_fix: Annotated[
         Literal["none", "wavelet", "ycbcr", "adain"], typer.Option(help="Take the colours from the input.")
     ] = "none",
-    seed: Annotated[int, typer.Option(min=0, help="Seed, the same for each file.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed, the same for each file.")] = 0,
     device: Annotated[str, typer.Option(help="auto (cuda, else mps, else cpu) or a device of PyTorch.")] = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="auto: bfloat16 on cuda, else float32.")
@@ -169,6 +170,9 @@ def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[
             f"{out} is a file, but has to be a folder or the name of an image: {', '.join(FORMATS)}.",
             param_hint="'--out'",
         )
+    folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    if not (to_file and folder == out) and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise typer.BadParameter(f"{out} cannot be made, since {folder} cannot be written to.", param_hint="'--out'")
     images, missing = find_images(inputs, out)
     for text in missing:
         report(f"{text}: no such image")
@@ -253,8 +257,8 @@ def upscale_file(pipe: "InvSRPipeline", source: Path, target: Path, options: dic
     image, num_frames = read_image(source)
     check_side(target, int(max(image.size) * (options["scale"] or pipe.config.scale) + 0.5))
     result = pipe(image, generator=torch.Generator().manual_seed(seed), **options).images[0]
-    save_image(result, target, image)
-    note = f", the first of {num_frames} frames" if num_frames > 1 else ""
+    note = save_image(result, target, image)
+    note += f", the first of {num_frames} frames" if num_frames > 1 else ""
     return f"{image.width}x{image.height} to {result.width}x{result.height}{note}"
 
 

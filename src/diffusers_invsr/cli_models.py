@@ -38,9 +38,12 @@ def choose_device(device: str, dtype: str) -> tuple["torch.device", "torch.dtype
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"{device!r} cannot be used: {describe(error)}", param_hint="'--device'") from None
+        device = torch.device(device)
+        torch.ones(1, device=device).cpu()  # "meta" exists, but holds nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise typer.BadParameter(
+            f"{str(device)!r} cannot be used: {describe(error)}", param_hint="'--device'"
+        ) from None
     if dtype == "auto":  # Stable Diffusion's VAE overflows in float16, but not in bfloat16
         dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return device, getattr(torch, dtype)
@@ -60,22 +63,23 @@ def load_pipeline(
     disable_progress_bar()
     disable_transformers_progress_bar()
     path = Path(TINY if model == "tiny" else model)
-    if path.exists() and not (path / "model_index.json").is_file():
+    is_local = model != "sd-turbo" and path.exists()
+    if is_local and not (path / "model_index.json").is_file():
         fail(
             f"{model!r} is not a saved pipeline: it has no model_index.json. A noise predictor by itself becomes one"
             " with `diffusers-invsr convert`."
         )
-    if not path.exists() and model != "sd-turbo" and model.strip("./").count("/") != 1:
+    if not is_local and model != "sd-turbo" and model.strip("./").count("/") != 1:
         fail(f"{model!r} is neither tiny, sd-turbo, a folder here nor an id on the Hub (owner/name).")
     try:
         if model == "sd-turbo":
             pipe = convert_to_pipeline(dtype=dtype)
         else:
-            pipe = InvSRPipeline.from_pretrained(str(path) if path.exists() else model, dtype=dtype)
+            pipe = InvSRPipeline.from_pretrained(str(path) if is_local else model, dtype=dtype)
     except FetchError as error:
         fail(str(error))
     except Exception as error:
-        if path.exists():
+        if is_local:
             fail(f"{model!r} cannot be loaded as an InvSR pipeline: {describe(error)}")
         if not isinstance(error, (OSError, ValueError)):
             raise

@@ -120,6 +120,12 @@ def check_state_dict(state_dict: dict[str, torch.Tensor], expected: dict[str, to
         )
 
 
+def check_dtype(dtype: torch.dtype | None):
+    """Raises a ValueError for what is neither `None` nor a floating-point type of PyTorch."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`dtype` has to be a floating-point type such as `torch.float16`, but is {dtype!r}.")
+
+
 def load_noise_predictor(
     source: str | os.PathLike = PUBLISHED_REPO,
     config: dict[str, Any] | str | os.PathLike | None = None,
@@ -148,7 +154,8 @@ def load_noise_predictor(
         FileNotFoundError: If `source` is the path of a checkpoint that does not exist.
         ValueError: If names or shapes in the checkpoint are not those of the configuration.
     """
-    name = f"{PUBLISHED_REPO}/{PUBLISHED_FILE}" if source == PUBLISHED_REPO else str(source)
+    check_dtype(dtype)
+    name = f"{PUBLISHED_REPO}/{PUBLISHED_FILE}" if str(source) == PUBLISHED_REPO else str(source)
     if Path(name).suffix not in CHECKPOINT_SUFFIXES:
         if config is not None:
             raise ValueError(f"`config` cannot be given with `source={name!r}`, which has a configuration of its own.")
@@ -160,7 +167,13 @@ def load_noise_predictor(
             raise error if os.path.isdir(name) else FetchError(name, error) from error
 
     if isinstance(config, (str, os.PathLike)):
-        config = json.loads(Path(config).read_text(encoding="utf-8"))
+        file = config
+        try:
+            config = json.loads(Path(file).read_text(encoding="utf-8"))
+        except ValueError:
+            config = None
+        if not isinstance(config, dict):
+            raise ValueError(f"`config={str(file)!r}` has to be a file with a JSON object, but is not.")
     with torch.device("meta"):
         model = InvSRNoisePredictor.from_config({"model_card": PUBLISHED_MODEL_CARD, **(config or {})})
     file = name
@@ -218,6 +231,7 @@ def convert(
         FileExistsError: If `output` exists and may not be replaced.
         ValueError: If the predictor's checkpoint does not fit its configuration.
     """
+    check_dtype(dtype)
     if output is not None:
         output = Path(output).absolute()
         replaceable = overwrite and (output / InvSRPipeline.config_name).is_file()

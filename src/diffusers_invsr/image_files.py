@@ -4,6 +4,7 @@ import glob
 import os
 import re
 from pathlib import Path
+from uuid import uuid4
 
 from PIL import ExifTags, Image, ImageOps
 
@@ -17,6 +18,9 @@ FORMATS = {
 }
 # The longest side that a format can hold, in pixels.
 MAX_SIDES = {"JPEG": 65500, "WEBP": 16383}
+# The longest file name on usual file systems, and the longest EXIF data in a JPEG.
+MAX_NAME_BYTES = 255
+MAX_JPEG_EXIF_BYTES = 65533
 # What is taken for an image where a folder or a pattern is searched. A file that is named is read whatever its suffix.
 IMAGE_SUFFIXES = {*FORMATS, ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".pgm", ".ppm", ".tga", ".tif", ".tiff"}
 # Tags of a TIFF that tell how its pixels are stored, not what the picture is.
@@ -41,7 +45,7 @@ def find_images(inputs: list[str], out: Path) -> tuple[dict[Path, Path], list[st
         do files that a pattern matched, below its part without wildcards.
         `list[str]`: Inputs for which there is nothing.
     """
-    found, missing = {}, []
+    found, missing, seen = {}, [], set()
     out = out.resolve()
     for text in inputs:
         path = Path(text).expanduser()
@@ -58,6 +62,10 @@ def find_images(inputs: list[str], out: Path) -> tuple[dict[Path, Path], list[st
             files = [file for file in files if path == file or out not in file.resolve().parents]
         for file in files:
             name = file.relative_to(root)
+            # Links can show one file under many names; all but the first are left out, unless they were asked for.
+            if path != file and _identity(file) in seen:
+                continue
+            seen.add(_identity(file))
             found.setdefault(Path(os.path.abspath(file)), Path(name.name) if ".." in name.parts else name)
         if not files:
             missing.append(text)
@@ -84,16 +92,21 @@ def plan_outputs(
 
     Returns:
         `dict[Path, Path]`: For each input, its result. Where several would have one name, on a file system that knows
-        no case either, the later ones get `_2`, `_3`, ...
+        no case either, those that change their extension and the later ones get `_2`, `_3`, ...
 
     Raises:
-        ValueError: If a result would replace an input.
+        ValueError: If a result would replace an input, or its name would be too long.
     """
     sources = {_identity(source): source for source in images}
     outputs, taken = {}, set()
-    for source, name in images.items():
+
+    def extension_of(name: Path) -> str:
         keep = image_format == "keep" and name.suffix.lower() in FORMATS
-        extension = name.suffix if keep else ".png" if image_format == "keep" else f".{image_format}"
+        return name.suffix if keep else ".png" if image_format == "keep" else f".{image_format}"
+
+    # Files that keep their extension come first: their names must not change when others join them.
+    for source, name in sorted(images.items(), key=lambda item: extension_of(item[1]) != item[1].suffix):
+        extension = extension_of(name)
         target, number = out / name.with_name(f"{name.stem}{suffix}{extension}"), 1
         while str(target).casefold() in taken:
             number += 1
@@ -103,9 +116,11 @@ def plan_outputs(
                 f"the result for {show(source)} would replace the input {show(sources[_identity(target)])}: choose"
                 " another output folder, or another `--suffix`, such as `--suffix _x4`."
             )
+        if len(os.fsencode(target.name)) > MAX_NAME_BYTES:
+            raise ValueError(f"the name of the result for {show(source)} would be longer than {MAX_NAME_BYTES} bytes.")
         taken.add(str(target).casefold())
         outputs[source] = target
-    return outputs
+    return {source: outputs[source] for source in images}
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -157,7 +172,7 @@ def check_side(path: Path, side: int):
         raise ValueError(f"{name} holds at most {MAX_SIDES[name]} pixels a side, but {side} are asked for; use PNG.")
 
 
-def save_image(image: Image.Image, path: Path, source: Image.Image):
+def save_image(image: Image.Image, path: Path, source: Image.Image) -> str:
     r"""
     Write an image with the ICC profile and the EXIF data of its source, all or nothing.
 
@@ -166,7 +181,11 @@ def save_image(image: Image.Image, path: Path, source: Image.Image):
         path (`Path`): The file; it is replaced if it exists. The suffix tells the format. Missing folders are made.
         source (`PIL.Image.Image`): What [`read_image`] gave. Its profile is left out where it is for other pixels than
             are written (a CMYK profile), and its orientation has been applied.
+
+    Returns:
+        `str`: What had to be left out, for the user; usually nothing.
     """
+    note = ""
     name, options = FORMATS[path.suffix.lower()]
     if name == "JPEG" and image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -176,16 +195,21 @@ def save_image(image: Image.Image, path: Path, source: Image.Image):
     if profile and profile[16:20] not in FOREIGN_COLOR_SPACES[space]:
         options = {**options, "icc_profile": profile}
     if source.info.get("exif"):
-        options = {**options, "exif": _with_size(source.info["exif"], image.size)}
+        exif = _with_size(source.info["exif"], image.size)
+        if name == "JPEG" and len(exif) > MAX_JPEG_EXIF_BYTES:
+            note = ", without its EXIF data, which is too long for JPEG"
+        else:
+            options = {**options, "exif": exif}
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".diffusers-invsr-{os.getpid()}.tmp")
+    temporary = path.with_name(f".diffusers-invsr-{uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
             image.save(file, format=name, **options)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    return note
 
 
 def _with_size(data: bytes, size: tuple[int, int]) -> bytes:
