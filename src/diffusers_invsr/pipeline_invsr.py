@@ -534,7 +534,7 @@ class InvSRPipeline(
 
                     if callback_on_step_end is not None:
                         callback_kwargs = {}
-                        for k in callback_on_step_end_tensor_inputs:
+                        for k in callback_on_step_end_tensor_inputs or []:
                             callback_kwargs[k] = locals()[k]
                         callback_outputs = callback_on_step_end(self, i, index, callback_kwargs) or {}
                         latents = callback_outputs.pop("latents", latents)
@@ -548,7 +548,7 @@ class InvSRPipeline(
                     blender.add(tile, *corner)
 
         results = [blender.sum for _, blender in runs]
-        if color_fix is not None and output_type != "latent":
+        if color_fix is not None:
             results = [apply_color_fix(blender.sum, grid.enlarged_rows, color_fix) for grid, blender in runs]
 
         # 9. Give the images in the type that was asked for
