@@ -381,7 +381,15 @@ def command_line(home: Path, *arguments, **variables) -> subprocess.Popen:
         **variables,
     }
     command = [program, *(str(argument) for argument in arguments)]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A job in the background of a script ignores Ctrl-C, and so would the programs that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def check_way_out(errors: str):
