@@ -27,7 +27,7 @@ def hub():
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
+def homes(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("hub")
 
 
@@ -64,9 +64,9 @@ def publish(fixtures: str):
 
 
 @pytest.fixture(scope="module")
-def published(hub, workplace) -> Path:
+def published(hub, homes) -> Path:
     """A folder with a pipeline's result in `expected.pt`. It and what it was made of are on the Hub."""
-    home = workplace / "author"
+    home = homes / "author"
     run(publish, str(FIXTURES), home=home, hub=hub.url)
     base = {str(file.relative_to(home / "base")): file.read_bytes() for file in (home / "base").rglob("*.*")}
     hub.commit("stabilityai/sd-turbo", base)
@@ -104,8 +104,8 @@ def load_installed(expected: str, config: dict) -> dict:
     return {name: (enlarge(load()) - expected).abs().max().item() for name, load in ways.items()}
 
 
-def test_load_installed(hub, workplace, published, cases):
-    home = workplace / "installed"
+def test_load_installed(hub, homes, published, cases):
+    home = homes / "installed"
     arguments = (str(published / "expected.pt"), cases["noise_predictor"])
     differences = run(load_installed, *arguments, home=home, hub=hub.url)
     for way, difference in differences.items():
@@ -151,9 +151,9 @@ def load_without_package(expected: str) -> dict:
     return {"installed": installed, "differences": differences, "dtype": dtype, "refusal": refusal}
 
 
-def test_load_without_package(hub, workplace, published):
-    python = make_environment_without("diffusers_invsr", workplace / "environment")
-    home = workplace / "stranger"
+def test_load_without_package(hub, homes, published):
+    python = make_environment_without("diffusers_invsr", homes / "environment")
+    home = homes / "stranger"
     result = run(load_without_package, str(published / "expected.pt"), home=home, hub=hub.url, python=python)
     assert not result["installed"]
     assert result["differences"].pop("fp16 variant") < 2e-2

@@ -302,6 +302,8 @@ def convert(
             drop_text_encoder=drop_text_encoder,
             overwrite=overwrite,
         )
+    except FileExistsError:
+        fail(f"{show(out.absolute())} exists already: only a pipeline is replaced, with --overwrite.")
     except (OSError, ValueError) as error:
         fail(describe(error))
     typer.echo(f"{predictor} + {base} -> {show(out.absolute())}")

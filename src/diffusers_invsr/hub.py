@@ -122,7 +122,7 @@ def create_model_card(model, repo_id: str) -> ModelCard:
         "library_name": "diffusers",
         "pipeline_tag": "image-to-image",
         "tags": ["invsr", "super-resolution", "image-upscaling"],
-        "metrics": ["psnr", "ssim", "lpips"],
+        "metrics": ["psnr", "ssim"],
     }
     # In the installed package the template lies beside this file, in a checkout at the top.
     templates = (PACKAGE / "model_card.md", PACKAGE.parents[1] / "model_card.md")
