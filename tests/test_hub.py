@@ -37,7 +37,7 @@ def publish(fixtures: str):
     from pathlib import Path
 
     import torch
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, upload_file
     from sd_turbo import enlarge, save_sd_turbo
 
     from diffusers_invsr import InvSRPipeline, convert
@@ -55,9 +55,8 @@ def publish(fixtures: str):
 
     # A card that its owner has edited, before the model is pushed once more
     pipe.push_to_hub("variants")
-    card = ModelCard.load("user/variants")
-    card.text += "\nAn owner's remark.\n"
-    card.push_to_hub("user/variants")
+    card = str(ModelCard.load("user/variants")) + "\nAn owner's remark.\n"
+    upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id="user/variants")
     pipe.push_to_hub("variants", variant="fp16")
 
     torch.save(enlarge(InvSRPipeline.from_pretrained("converted")), "expected.pt")
