@@ -147,6 +147,15 @@ def test_fixed_embeddings_serve_their_own_prompt_alone(folder, tmp_path):
         enlarge(InvSRPipeline.from_pretrained(tmp_path, prompt="a house"))
 
 
+def test_textual_inversion(folder, tmp_path):
+    pipe = InvSRPipeline.from_pretrained(folder)
+    plain = enlarge(pipe, prompt="a thing")
+    torch.save({"<thing>": torch.ones(pipe.text_encoder.config.hidden_size)}, tmp_path / "thing.bin")
+    pipe.load_textual_inversion(str(tmp_path), weight_name="thing.bin", token="<thing>")
+    assert not torch.equal(enlarge(pipe, prompt="a <thing>"), plain)
+    assert torch.equal(enlarge(pipe, prompt="a thing"), plain)
+
+
 def test_embeddings_follow_the_text_encoders_weights(folder, expected):
     pipe = InvSRPipeline.from_pretrained(folder)
     assert torch.equal(enlarge(pipe), expected)
