@@ -40,11 +40,11 @@ from procedural import make_image
 from simple_degradation import SCALE, degrade
 
 from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler
+from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
 
 
 STAGES = ("pool", "autoencoder", "prior", "predictor", "assemble")
 VALIDATION_PHOTOGRAPHS = (8, 15)  # of Kodak 1 to 16
-STARTING_STEPS = (250, 200, 150, 100)  # as the paper counts, from 1
 PRIOR_STEPS = 260  # the prior learns schedule indices 0 to 259
 LR_SIZES = (32, 48)  # patch sides in LR (and latent) pixels; the larger ones keep GroupNorm's statistics honest
 LARGE_PATCH_PROBABILITY = 0.2
@@ -191,12 +191,6 @@ def build_predictor() -> InvSRNoisePredictor:
     )
 
 
-def alphas_cumprod(device: str) -> torch.Tensor:
-    """The cumulative products of 1 - beta of Stable Diffusion's "scaled_linear" schedule."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    return (1 - betas).cumprod(0).float().to(device)
-
-
 def load_vae(args: argparse.Namespace, trained: bool = True) -> tuple[AutoencoderTiny, torch.Tensor]:
     """The frozen autoencoder, with its decoder trained or not yet, and the map from latents to patches."""
     pool, vae = load(args, "pool"), build_vae()
@@ -329,7 +323,7 @@ def train_autoencoder(args: argparse.Namespace) -> None:
 def train_prior(args: argparse.Namespace) -> None:
     """Train the diffusion model to predict the noise in scaled latents, at the noise levels that sampling visits."""
     vae, _ = load_vae(args, trained=False)
-    crops, unet, abar = Crops(args, "prior"), build_unet(), alphas_cumprod(args.device)
+    crops, unet, abar = Crops(args, "prior"), build_unet(), InvSRScheduler().alphas_cumprod.to(args.device)
     held_back = to_tensor([image[:256, :256] for image in crops.validation], args.device)
 
     def denoising_loss(hr: torch.Tensor, indices: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -361,7 +355,7 @@ def train_prior(args: argparse.Namespace) -> None:
 def train_predictor(args: argparse.Namespace) -> None:
     """Train the noise predictor through the frozen prior (section 3.2 of the paper): ẑ₀ against the HR latent."""
     vae, latent_to_patch = load_vae(args)
-    unet, abar = load_frozen(args, build_unet(), "prior"), alphas_cumprod(args.device)
+    unet, abar = load_frozen(args, build_unet(), "prior"), InvSRScheduler().alphas_cumprod.to(args.device)
     crops, predictor = Crops(args, "predictor"), build_predictor()
     with torch.no_grad():
         # Under L2 the best standard deviation is nearly zero. Starting at exp(-3) saves the time to unlearn one of 1.
@@ -388,7 +382,7 @@ def train_predictor(args: argparse.Namespace) -> None:
 
     def draw() -> tuple[torch.Tensor, ...]:
         batch_size, side = crops.draw_size(args.batch_size)
-        steps = torch.tensor(STARTING_STEPS)[torch.randint(0, 4, (batch_size,))].to(args.device)
+        steps = torch.tensor(START_TIMESTEPS)[torch.randint(0, 4, (batch_size,))].to(args.device)
         return *crops.pairs(batch_size, side), steps
 
     def loss_function(share: float, lr: torch.Tensor, hr: torch.Tensor, steps: torch.Tensor) -> dict:
@@ -406,7 +400,7 @@ def train_predictor(args: argparse.Namespace) -> None:
 
     def validate() -> dict[str, float]:
         results = {"bicubic": F.interpolate(held_back_lr, scale_factor=SCALE, mode="bicubic", align_corners=False)}
-        for step in STARTING_STEPS:
+        for step in START_TIMESTEPS:
             steps = torch.full((len(held_back),), step, device=args.device)
             results[str(step)] = decode(one_step(held_back_lr, steps))
         natural = {f"natural_{name}": psnr(x[:4].clamp(0, 1), held_back[:4]) for name, x in results.items()}

@@ -201,9 +201,6 @@ def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[
 
 def check_options(pipe: "InvSRPipeline", options: dict):
     """Raises a usage error for options that the pipeline would refuse for any image."""
-    tile_size, tile_overlap = options["tile_size"], options["tile_overlap"]
-    if tile_overlap is None and tile_size is not None:
-        tile_overlap = tile_size // 4
     try:
         pipe.scheduler.set_timesteps(options["num_steps"], start_timestep=options["start_timestep"])
         pipe.check_inputs(
@@ -215,8 +212,8 @@ def check_options(pipe: "InvSRPipeline", options: dict):
             negative_prompt=None,
             guidance_scale=1.0,
             eta=0.0,
-            tile_size=tile_size,
-            tile_overlap=tile_overlap,
+            tile_size=options["tile_size"],
+            tile_overlap=options["tile_overlap"],
             tile_batch_size=options["tile_batch_size"],
             color_fix=options["color_fix"],
             generator=None,

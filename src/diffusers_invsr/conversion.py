@@ -167,13 +167,13 @@ def load_noise_predictor(
             raise error if os.path.isdir(name) else FetchError(name, error) from error
 
     if isinstance(config, (str, os.PathLike)):
-        file = config
+        config_file = config
         try:
-            config = json.loads(Path(file).read_text(encoding="utf-8"))
+            config = json.loads(Path(config_file).read_text(encoding="utf-8"))
         except ValueError:
             config = None
         if not isinstance(config, dict):
-            raise ValueError(f"`config={str(file)!r}` has to be a file with a JSON object, but is not.")
+            raise ValueError(f"`config={str(config_file)!r}` has to be a file with a JSON object, but is not.")
     with torch.device("meta"):
         model = InvSRNoisePredictor.from_config({"model_card": PUBLISHED_MODEL_CARD, **(config or {})})
     file = name

@@ -63,9 +63,10 @@ def find_images(inputs: list[str], out: Path) -> tuple[dict[Path, Path], list[st
         for file in files:
             name = file.relative_to(root)
             # Links can show one file under many names; all but the first are left out, unless they were asked for.
-            if path != file and _identity(file) in seen:
+            identity = _identity(file)
+            if path != file and identity in seen:
                 continue
-            seen.add(_identity(file))
+            seen.add(identity)
             found.setdefault(Path(os.path.abspath(file)), Path(name.name) if ".." in name.parts else name)
         if not files:
             missing.append(text)

@@ -180,7 +180,8 @@ class InvSRPipeline(
                 raise ValueError(
                     f"`tile_size` has to be a positive multiple of {multiple}, 'auto' or None, but is {tile_size!r}."
                 )
-            if not is_integer(tile_overlap) or not 0 <= tile_overlap < tile_size:
+            # `None` stands for the default, which fits every tile
+            if tile_overlap is not None and not (is_integer(tile_overlap) and 0 <= tile_overlap < tile_size):
                 raise ValueError(
                     f"`tile_overlap` has to be from 0 to less than `tile_size={tile_size}`, but is {tile_overlap!r}."
                 )
