@@ -17,28 +17,15 @@ import numpy as np
 import torch
 from PIL import Image
 from simple_degradation import SCALE, degrade
-from skimage.metrics import structural_similarity
 
 from diffusers_invsr import TINY, InvSRPipeline
-
-
-def luma(image: np.ndarray) -> np.ndarray:
-    """Y of BT.601 in studio range, on a scale of 0 ... 255, of an RGB image of 8 bits."""
-    return 16 + image.astype(np.float64) @ np.array([65.481, 128.553, 24.966]) / 255
-
-
-def psnr(result: np.ndarray, target: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, for a peak of 255."""
-    return float(10 * np.log10(255**2 / np.mean((result.astype(np.float64) - target.astype(np.float64)) ** 2)))
+from diffusers_invsr.metrics import psnr, psnr_y, ssim_y
 
 
 def measure(result: Image.Image, hr: Image.Image) -> dict[str, float]:
     """PSNR over RGB, PSNR and SSIM over luma; 8 bits, no border cut off."""
     result, hr = np.array(result), np.array(hr)
-    ssim = structural_similarity(
-        luma(result), luma(hr), data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
-    )
-    return {"psnr_rgb": psnr(result, hr), "psnr_y": psnr(luma(result), luma(hr)), "ssim_y": float(ssim)}
+    return {"psnr_rgb": psnr(result, hr), "psnr_y": psnr_y(result, hr), "ssim_y": ssim_y(result, hr)}
 
 
 def with_constant_noise(pipe: InvSRPipeline, logvar: float) -> InvSRPipeline:

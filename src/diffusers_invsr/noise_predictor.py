@@ -24,9 +24,13 @@ class InvSRNoisePredictorOutput(BaseOutput):
         latent_dist (`DiagonalGaussianDistribution`):
             Distribution of the noise map, with `mean` and `logvar` (clamped to [-30, 20]) of shape
             `(batch, latent_channels, height // r, width // r)`, where `r = 2 ** (levels - 1)`.
+        moments (`torch.Tensor`, *optional*):
+            Mean and log-variance (not clamped) in one tensor, along the channels. What shards a model over devices
+            (FSDP) hooks the tensors of its output, and does not look for them in a distribution.
     """
 
     latent_dist: DiagonalGaussianDistribution
+    moments: torch.Tensor | None = None
 
 
 class NoiseEncoder(nn.Module):
@@ -206,4 +210,4 @@ class InvSRNoisePredictor(HubMixin, ModelMixin, ConfigMixin):
 
         if not return_dict:
             return (latent_dist,)
-        return InvSRNoisePredictorOutput(latent_dist=latent_dist)
+        return InvSRNoisePredictorOutput(latent_dist=latent_dist, moments=moments)
