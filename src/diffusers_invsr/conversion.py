@@ -51,6 +51,33 @@ class FetchError(OSError):
         )
 
 
+def find_checkpoint(source: str, token: str | bool | None = None, revision: str | None = None) -> str:
+    r"""
+    Path of a checkpoint, which is fetched if it is on the Hub.
+
+    Args:
+        source (`str`): A file, or one on the Hub as `"owner/repository/file"`.
+        token (`str` or `bool`, *optional*): Access token for the Hub.
+        revision (`str`, *optional*): Revision on the Hub.
+
+    Returns:
+        `str`: The file.
+
+    Raises:
+        FetchError: If it could not be fetched from the Hub.
+        FileNotFoundError: If `source` is the path of a file that does not exist.
+    """
+    if os.path.isfile(source):
+        return source
+    if source.count("/") < 2 or source.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"`source={source!r}` is neither a file nor one on the Hub (`owner/repository/file`).")
+    owner, repo, path = source.split("/", 2)
+    try:
+        return hf_hub_download(f"{owner}/{repo}", path, token=token, revision=revision)
+    except (OSError, HFValidationError) as error:
+        raise FetchError(source, error) from error
+
+
 def read_checkpoint(file: str | os.PathLike) -> dict[str, torch.Tensor]:
     r"""
     Tensors of a published-style file, by their plain names.
@@ -115,7 +142,7 @@ def check_state_dict(state_dict: dict[str, torch.Tensor], expected: dict[str, to
     ]
     if lists:
         raise ValueError(
-            f"{source!r} does not fit the noise predictor's configuration of {len(expected)} tensors:"
+            f"{source!r} does not fit the model's configuration of {len(expected)} tensors:"
             f" {'; '.join(lists)}."
         )
 
@@ -176,17 +203,7 @@ def load_noise_predictor(
             raise ValueError(f"`config={str(config_file)!r}` has to be a file with a JSON object, but is not.")
     with torch.device("meta"):
         model = InvSRNoisePredictor.from_config({"model_card": PUBLISHED_MODEL_CARD, **(config or {})})
-    file = name
-    if not os.path.isfile(name):
-        if name.count("/") < 2 or name.startswith((".", "/", "~")):
-            raise FileNotFoundError(
-                f"`source={name!r}` is neither a file nor one on the Hub (`owner/repository/file`)."
-            )
-        owner, repo, path = name.split("/", 2)
-        try:
-            file = hf_hub_download(f"{owner}/{repo}", path, token=token, revision=revision)
-        except (OSError, HFValidationError) as error:
-            raise FetchError(name, error) from error
+    file = find_checkpoint(name, token, revision)
     state_dict = read_checkpoint(file)
     check_state_dict(state_dict, model.state_dict(), name)
     model.load_state_dict({key: value.to(dtype or torch.float32) for key, value in state_dict.items()}, assign=True)
