@@ -50,13 +50,13 @@ def find_images(inputs: list[str], out: Path) -> tuple[dict[Path, Path], list[st
     for text in inputs:
         path = Path(text).expanduser()
         if path.is_dir():
-            root, files = path, _images_below(path)
+            root, files = path, images_below(path)
         elif path.exists():
             root, files = path.parent, [path]
         else:
             root = Path(re.split(r"[^/\\]*[*?[]", str(path), maxsplit=1)[0])
             matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-            files = [file for match in matches for file in (_images_below(match) if match.is_dir() else [match])]
+            files = [file for match in matches for file in (images_below(match) if match.is_dir() else [match])]
             files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
         if root.resolve() in out.parents:
             files = [file for file in files if path == file or out not in file.resolve().parents]
@@ -73,7 +73,7 @@ def find_images(inputs: list[str], out: Path) -> tuple[dict[Path, Path], list[st
     return found, missing
 
 
-def _images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
     files = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 

@@ -1,0 +1,122 @@
+"""The VAE's answers for HR crops, kept on disk so that the frozen encoder runs once for each crop (section 6)."""
+
+import hashlib
+import json
+import os
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+class LatentCache:
+    r"""
+    A folder with one tensor a crop: the parameters of the posterior (`latent_dist.parameters`: mean and log-variance
+    along the channels), or the latents of an encoder that gives those alone.
+
+    It pays where crops come again: with `crops_per_image` of the datasets. Not the sampled latents but the
+    distribution is kept, so that every epoch still draws its own.
+
+    Args:
+        folder (`str` or `Path`): Where the files are. It is made when the first one is written.
+        fingerprint (`str`): Which encoder they are of, from [`vae_fingerprint`]. Each has its own subfolder.
+
+    Raises:
+        ValueError: If the fingerprint is not the name of a folder.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str):
+        if not isinstance(fingerprint, str) or not fingerprint.isalnum():
+            raise ValueError(f"`fingerprint` has to be made of letters and digits, but is {fingerprint!r}.")
+        self.folder = Path(folder).expanduser() / fingerprint
+        self._warned: set[Path] = set()
+
+    def get(self, keys: Sequence[str]) -> list[torch.Tensor | None]:
+        r"""
+        Look up crops.
+
+        Args:
+            keys (`list[str]`): The crops' `"keys"`.
+
+        Returns:
+            `list[torch.Tensor | None]`: For each, what was put there, in its number type and on the CPU; `None` if
+            there is nothing, or nothing whole (of which there is one warning a file).
+        """
+        return [self._read(self._path(key)) for key in keys]
+
+    def put(self, keys: Sequence[str], tensors: torch.Tensor | Sequence[torch.Tensor]):
+        r"""
+        Keep a tensor for each crop, in place of an earlier one.
+
+        Args:
+            keys (`list[str]`): The crops' `"keys"`.
+            tensors (`torch.Tensor` or `list[torch.Tensor]`): One for each key, along the first dimension.
+
+        Raises:
+            ValueError: If there is not one tensor for each key.
+        """
+        if len(tensors) != len(keys):
+            raise ValueError(
+                f"`tensors` has to hold one tensor for each of the {len(keys)} keys, but holds {len(tensors)}."
+            )
+        for key, tensor in zip(keys, tensors):
+            path = self._path(key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensor = tensor.detach().cpu().contiguous()
+            temporary = path.with_name(f".{uuid4().hex}.tmp")
+            try:
+                save_file({"latents": tensor}, temporary, metadata={"key": key, "crc32": _checksum(tensor)})
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        name = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
+        return self.folder / name[:2] / f"{name[2:]}.safetensors"  # 256 subfolders: a folder of a million is slow
+
+    def _read(self, path: Path) -> torch.Tensor | None:
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor("latents")
+                if file.metadata()["crc32"] != _checksum(tensor):
+                    raise ValueError("its checksum is wrong")
+                return tensor
+        except Exception as error:  # of many kinds, for a file that can hold anything
+            if path not in self._warned:
+                self._warned.add(path)
+                warnings.warn(f"{path} is damaged and counts as missing: {error}", stacklevel=3)
+            return None
+
+
+def vae_fingerprint(vae: torch.nn.Module) -> str:
+    r"""
+    Identify what a VAE's encoder computes.
+
+    Args:
+        vae (`ModelMixin`): An autoencoder of diffusers.
+
+    Returns:
+        `str`: 32 hexadecimal digits that follow from its class, its configuration, and the names, number types and
+        values of its weights; not from where it was loaded from.
+    """
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps([type(vae).__name__, config], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()[:32]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    return f"{zlib.crc32(_bytes(tensor)):08x}"
