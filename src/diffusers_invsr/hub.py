@@ -94,8 +94,8 @@ def card_metadata(model) -> dict[str, Any]:
         model ([`InvSRPipeline`] or [`InvSRNoisePredictor`]): Its config holds it under `model_card`.
 
     Returns:
-        `dict[str, Any]`: Metadata of a Hub card, and `training_data`, a text. A pipeline that has none of its own
-        takes its noise predictor's.
+        `dict[str, Any]`: Metadata of a Hub card, and two texts, `training_data` and `training` (how the training was
+        run). A pipeline that has none of its own takes its noise predictor's.
     """
     metadata = model.config.get("model_card")
     if not metadata and isinstance(model, DiffusionPipeline):
@@ -116,7 +116,7 @@ def create_model_card(model, repo_id: str) -> ModelCard:
     """
     is_pipeline = isinstance(model, DiffusionPipeline)
     metadata = card_metadata(model)
-    training_data = metadata.pop("training_data", None)
+    training_data, training = metadata.pop("training_data", None), metadata.pop("training", None)
     base_models = metadata.get("base_model") or []
     defaults = {
         "library_name": "diffusers",
@@ -137,6 +137,7 @@ def create_model_card(model, repo_id: str) -> ModelCard:
         license_link=metadata.get("license_link"),
         base_models=[base_models] if isinstance(base_models, str) else base_models,
         training_data=training_data,
+        training=training,
     )
 
 

@@ -1,0 +1,554 @@
+#!/usr/bin/env python
+"""
+Train InvSR's noise predictor (section 3 of https://arxiv.org/abs/2412.09013), on one CPU process or many GPUs.
+
+    python examples/train_invsr.py examples/configs/tiny.yaml --train_data photos/
+    accelerate launch examples/train_invsr.py examples/configs/sd_turbo.yaml --train_data 'LSDIR' 'FFHQ[:20000]'
+
+A YAML file with settings may come first; options on the command line win over it. `--help` lists all of them, the
+settings of the degradation included. A run that was interrupted goes on with `--resume latest`.
+
+To fine-tune the published predictor on your own photographs (the discriminator starts anew and warms up first):
+
+    accelerate launch examples/train_invsr.py examples/configs/sd_turbo.yaml --noise_predictor OAOA/InvSR \
+        --train_data my-photos --max_iterations 5000 --dis_init_iterations 1000 --output_dir my-invsr
+
+The output folder gets `pipeline/` (what `InvSRPipeline.from_pretrained` loads), `log.jsonl`, `validation/` (pictures),
+the tracker's logs and the latest checkpoints. Needs `pip install ".[training]"`.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils.memory import should_reduce_batch_size
+from diffusers.optimization import get_constant_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from diffusers_invsr import TINY, InvSRNoisePredictor, convert, load_noise_predictor
+from diffusers_invsr.hub import card_metadata
+from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
+from diffusers_invsr.training import (
+    DISCRIMINATOR_RANGE,
+    Checkpoints,
+    Degradation,
+    DegradationSettings,
+    InvSRDiscriminator,
+    LatentCache,
+    PairPool,
+    RunLog,
+    SkipReport,
+    StepwiseMeter,
+    ValidationSet,
+    draw_latents,
+    encode_posterior,
+    hinge_discriminator,
+    hinge_generator,
+    latent_l2,
+    list_files,
+    load_latent_lpips,
+    make_dataset,
+    make_loader,
+    one_step_estimate,
+    read_log,
+    vae_fingerprint,
+)
+
+
+logger = get_logger(__name__)
+diffusers.utils.logging.set_verbosity_error()  # it warns of every component that is not its own, in full
+transformers.utils.logging.set_verbosity_warning()
+
+
+def setting(text: str, default=None):
+    """A field of the settings below, with the text that `--help` shows."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelSettings:
+    base_model: str = setting(
+        "Folder or Hub id of the frozen diffusion model; `tiny` is the model in the package.", "stabilityai/sd-turbo"
+    )
+    variant: str | None = setting("Variant of the base model's files, such as `fp16`.")
+    noise_predictor: str | None = setting("Predictor to go on from: a folder, file or Hub id. None: from nothing.")
+    noise_predictor_config: dict | str | None = setting("Configuration of a new predictor. None: the published one.")
+    discriminator: str | None = setting("Folder of a discriminator to go on from. None: from nothing.")
+    discriminator_config: dict | str | None = setting("Configuration of a new one. None: the published one.")
+    latent_lpips: str | None = setting("Folder or file of the latent LPIPS; needed unless `lpips_weight` is 0.")
+
+
+@dataclass
+class DataSettings:
+    train_data: list[str] = setting("HR images: folders, `folder[:N]`, lists, `webdataset:...`, `datasets:...`.", [])
+    validation_data: str | None = setting("HR images for validation: a folder, `folder[:N]` or a list. None: none.")
+    crop_size: int = setting("Side of the HR crops in pixels.", 512)
+    crops_per_image: int | None = setting("Crops that an image has, the same in every epoch. None: new ones always.")
+    latent_cache: str | None = setting("Folder that keeps the HR crops' latents; needs `crops_per_image`.")
+    pool_batches: int = setting("Size of the pool that mixes degradations, in batches; 0 for none.", 10)
+    num_workers: int = setting("Processes that read images, for each process that trains.", 4)
+
+
+@dataclass
+class RunSettings:
+    output_dir: str = setting("Folder of everything that the run writes.", "invsr-training")
+    resume: str | None = setting("`latest`, or the folder of a checkpoint.")
+    seed: int = setting("Seed of every random choice.", 0)
+    max_iterations: int = setting("Iterations (updates of the weights).", 100_000)
+    batch_size: int = setting("Images a process takes at once.", 16)
+    gradient_accumulation_steps: int = setting("Batches an update is made of.", 1)
+    learning_rate: float = setting("Learning rate of both networks.", 5e-5)
+    warmup_iterations: int = setting("Iterations in which the predictor's learning rate rises.", 2_000)
+    lpips_weight: float = setting("Weight of the latent LPIPS.", 2.0)
+    adversarial_weight: float = setting("Weight of the adversarial loss; 0: no discriminator.", 0.1)
+    dis_init_iterations: int = setting("Iterations before the adversarial loss joins.", 10_000)
+    discriminator_weight_decay: float = setting("Weight decay of the discriminator's Adam.", 1e-3)
+    ema_decay: float = setting("Bound of the moving average's decay, min(bound, (1 + i) / (10 + i)).", 0.999)
+    max_grad_norm: float | None = setting("Bound of the gradients' norm. None: no bound.")
+    max_skipped_steps: int = setting("Iterations in a row whose gradients are not finite before the run stops.", 10)
+    mixed_precision: str | None = setting("`no`, `bf16` or `fp16`. None: what `accelerate config` says.")
+    gradient_checkpointing: bool = setting("Compute activations twice rather than keep them.", False)
+    channels_last: bool = setting("Keep images with their channels last; faster on GPUs.", False)
+    compile: bool = setting("Compile the networks.", False)
+    use_8bit_adam: bool = setting("Keep Adam's state in 8 bits (needs bitsandbytes).", False)
+    log_every: int = setting("Iterations between lines of the log.", 10)
+    validate_every: int = setting("Iterations between validations.", 5_000)
+    checkpoint_every: int = setting("Iterations between checkpoints.", 1_000)
+    keep_checkpoints: int = setting("How many checkpoints stay.", 3)
+    report_to: str = setting("Tracker: `tensorboard`, `wandb`, ... or `none`.", "tensorboard")
+    push_to_hub: bool = setting("Publish the finished pipeline.", False)
+    hub_model_id: str | None = setting("Hub repository, `owner/name`. None: the output folder's name.")
+
+
+def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSettings, DegradationSettings]:
+    """Settings of the command line over those of a YAML file over the defaults."""
+    classes = (ModelSettings, DataSettings, RunSettings, DegradationSettings)
+    parser = HfArgumentParser(classes, description=__doc__.strip().splitlines()[0])
+    if argv and not argv[0].startswith("-"):
+        values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))
+        types = {f.name: f.type for cls in classes for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(types))
+        if unknown:
+            parser.error(f"{argv[0]} has settings that do not exist: {', '.join(unknown)}.")
+        # YAML takes 5e-5 for a text; argparse turns texts into what the setting is
+        parser.set_defaults(**values)
+        argv = argv[1:]
+    model, data, run, degradation = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    for name in ("noise_predictor_config", "discriminator_config"):
+        if isinstance(getattr(model, name), str):
+            setattr(model, name, json.loads(getattr(model, name)))
+
+    if not data.train_data:
+        parser.error("--train_data has to name at least one source of images.")
+    for name in ("max_iterations", "batch_size", "gradient_accumulation_steps", "max_skipped_steps", "log_every"):
+        if getattr(run, name) < 1:
+            parser.error(f"--{name} has to be at least 1, but is {getattr(run, name)}.")
+    for name in ("validate_every", "checkpoint_every", "keep_checkpoints"):
+        if getattr(run, name) < 1:
+            parser.error(f"--{name} has to be at least 1, but is {getattr(run, name)}.")
+    if run.lpips_weight and not model.latent_lpips:
+        parser.error("--latent_lpips is needed, or `--lpips_weight 0`: see examples/train_latent_lpips.py.")
+    if data.latent_cache and data.crops_per_image is None:
+        parser.error("--latent_cache needs --crops_per_image: crops that never come again cannot be kept.")
+    return model, data, run, degradation
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask the loop to stop at the end of its iteration; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.received = False
+        self.previous = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(self, number: int, frame: FrameType | None):
+        self.received = True
+        self.restore()
+
+    def restore(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def batch_generator(seed: int, number: int) -> torch.Generator:
+    """The source of all randomness of the run's micro-batch `number`: nothing has to be remembered to resume."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]))
+
+
+def adam(parameters, run: RunSettings, weight_decay: float, decoupled: bool) -> torch.optim.Optimizer:
+    """AdamW (decoupled weight decay) or Adam, in 8 bits if asked for."""
+    name = "AdamW" if decoupled else "Adam"
+    if run.use_8bit_adam:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise SystemExit("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`.") from error
+        return getattr(bitsandbytes.optim, f"{name}8bit")(parameters, lr=run.learning_rate, weight_decay=weight_decay)
+    return getattr(torch.optim, name)(parameters, lr=run.learning_rate, weight_decay=weight_decay)
+
+
+def descend(accelerator: Accelerator, model, optimizer, max_grad_norm: float | None) -> float:
+    """One update, skipped if a gradient is not finite. Returns the gradients' norm, the same in all processes."""
+    norm = accelerator.clip_grad_norm_(model.parameters(), math.inf if max_grad_norm is None else max_grad_norm)
+    norm = norm.item()
+    # The gradient scaler of float16 skips by itself, and has to see the step to lower its scale.
+    if math.isfinite(norm) or accelerator.scaler is not None:
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def whole_parameters(model) -> list[torch.nn.Parameter]:
+    """The weights of a model, put together where FSDP has spread them over the processes."""
+    parameters = list(model.parameters())
+    return [torch.nn.Parameter(p.full_tensor()) if hasattr(p, "full_tensor") else p for p in parameters]
+
+
+def describe(model: ModelSettings, data: DataSettings, run: RunSettings, degradation, log: list[dict]) -> str:
+    """What the model card says of the run: how it was made and what came out."""
+    settings = {}
+    for part in (model, data, run, degradation):
+        defaults = type(part)
+        for f in dataclasses.fields(defaults):
+            default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+            if getattr(part, f.name) != default or f.name in ("max_iterations", "batch_size", "learning_rate", "seed"):
+                settings[f.name] = getattr(part, f.name)
+    for name in ("output_dir", "resume", "hub_model_id", "push_to_hub", "report_to"):
+        settings.pop(name, None)
+    lines = ["| setting | value |", "| --- | --- |", *(f"| {key} | `{value}` |" for key, value in settings.items())]
+    validations = [record for record in log if any(key.startswith("psnr_y/") for key in record)]
+    if validations:
+        names = [key for key in validations[-1] if key != "iteration"]
+        lines += ["", f"| iteration | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
+        for record in (validations[0], validations[-1]):
+            lines.append(f"| {record['iteration']} | {' | '.join(f'{record[name]:.4f}' for name in names)} |")
+    return "\n".join(lines)
+
+
+def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradation_settings: DegradationSettings):
+    # 1. Accelerator
+    output = Path(run.output_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        mixed_precision=run.mixed_precision,
+        log_with=None if run.report_to == "none" else run.report_to,
+        project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(output / "logs")),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed takes one network with one optimizer, and here are two: launch with DDP or FSDP.")
+    checkpoints = Checkpoints(output, accelerator, run.keep_checkpoints)
+    if run.resume is None and checkpoints.list():
+        raise ValueError(
+            f"`output_dir={run.output_dir!r}` holds checkpoints of an earlier run: continue it with `--resume latest`,"
+            " or choose another folder."
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(run.seed)
+
+    # 2. Frozen models, in half precision where the training is
+    frozen_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    if model.noise_predictor is None:
+        noise_predictor = InvSRNoisePredictor(**(model.noise_predictor_config or {}))
+    else:
+        noise_predictor = load_noise_predictor(model.noise_predictor)
+    noise_predictor.train()
+    ema_predictor = InvSRNoisePredictor.from_config(noise_predictor.config).eval().requires_grad_(False)
+    ema_predictor.load_state_dict(noise_predictor.state_dict())
+    base = TINY if model.base_model == "tiny" else model.base_model
+    pipe = convert(ema_predictor, base=base, dtype=frozen_dtype, variant=model.variant)
+    if pipe.takes_text and pipe.text_encoder is not None:
+        pipe.drop_text_encoder()  # the prompt is embedded once and for all
+    for part in (pipe.vae, pipe.unet):
+        part.eval().requires_grad_(False)
+    if frozen_dtype == torch.float16 and pipe.vae.config.get("force_upcast", False):
+        pipe.vae.float()  # it overflows in float16
+    pipe.to(accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    prompt_embeds, _ = pipe.encode_prompt(do_classifier_free_guidance=False)
+    latent_lpips = None
+    if run.lpips_weight:
+        latent_lpips = load_latent_lpips(model.latent_lpips).to(accelerator.device)
+
+    # 3. Trained models
+    discriminator = None
+    if run.adversarial_weight and model.discriminator is None:
+        discriminator = InvSRDiscriminator(**(model.discriminator_config or {}))
+    elif run.adversarial_weight:
+        discriminator = InvSRDiscriminator.from_pretrained(model.discriminator)
+    networks = [noise_predictor] if discriminator is None else [noise_predictor, discriminator.train()]
+    if run.gradient_checkpointing:
+        for network in (pipe.unet, *networks):
+            network.enable_gradient_checkpointing()
+    if run.channels_last:
+        for network in (pipe.unet, pipe.vae, *networks):
+            network.to(memory_format=torch.channels_last)
+    if run.compile:
+        for network in (pipe.unet, pipe.vae.encoder, *networks):
+            network.compile()
+    optimizer = adam(noise_predictor.parameters(), run, weight_decay=0.0, decoupled=True)
+    lr_scheduler = get_constant_schedule_with_warmup(optimizer, run.warmup_iterations)
+    ema = EMAModel(noise_predictor.parameters(), decay=run.ema_decay)
+    ema.to(accelerator.device)
+    noise_predictor, optimizer = accelerator.prepare(noise_predictor, optimizer)
+    networks = [noise_predictor]
+    if discriminator is not None:
+        dis_optimizer = adam(discriminator.parameters(), run, run.discriminator_weight_decay, decoupled=False)
+        discriminator, dis_optimizer = accelerator.prepare(discriminator, dis_optimizer)
+        networks.append(discriminator)
+    accelerator.register_for_checkpointing(ema, lr_scheduler)
+
+    # 4. Data
+    degradation = Degradation(degradation_settings, pipe.config.scale).to(accelerator.device)
+    pool, meter, skip_report = PairPool(data.pool_batches), StepwiseMeter(), SkipReport()
+    cache = LatentCache(data.latent_cache, vae_fingerprint(pipe.vae)) if data.latent_cache else None
+    dataset = make_dataset(data.train_data, data.crop_size, seed=run.seed, crops_per_image=data.crops_per_image)
+    validation = None
+    if data.validation_data is not None and accelerator.is_main_process:
+        validation = ValidationSet(list_files(data.validation_data), data.crop_size, pipe.config.scale, run.seed)
+
+    # 5. Where the run stands
+    progress = {"iteration": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
+    fixed = {  # what a run cannot change half way
+        "num_processes": accelerator.num_processes,
+        **{name: getattr(run, name) for name in ("seed", "batch_size", "gradient_accumulation_steps")},
+        **{name: getattr(data, name) for name in ("train_data", "crop_size", "crops_per_image", "num_workers")},
+    }
+    if not hasattr(dataset, "shuffle_buffer"):
+        del fixed["num_workers"]  # only the order of a stream depends on it
+
+    def write_checkpoint(folder: Path):
+        accelerator.save_state(str(folder))
+        state = {"pool": pool.state_dict(), "meter": meter.state_dict(), "skip_report": skip_report.state_dict()}
+        torch.save(state, folder / f"process_{accelerator.process_index}.pt")
+        if accelerator.is_main_process:
+            (folder / "run.json").write_text(json.dumps({"progress": progress, "fixed": fixed}, indent=2))
+
+    checkpoint = None if run.resume is None else checkpoints.find(run.resume)
+    if checkpoint is not None:
+        stored = json.loads((checkpoint / "run.json").read_text())
+        for name, value in stored["fixed"].items():
+            if fixed.get(name) != value:
+                raise ValueError(f"`{name}={fixed.get(name)!r}` contradicts the run to resume, where it is {value!r}.")
+        accelerator.load_state(str(checkpoint))
+        state = torch.load(checkpoint / f"process_{accelerator.process_index}.pt", weights_only=True)
+        pool.load_state_dict(state["pool"])
+        meter.load_state_dict(state["meter"])
+        skip_report.load_state_dict(state["skip_report"])
+        progress = stored["progress"]
+        logger.info(f"Resuming at iteration {progress['iteration']} from {checkpoint}.")
+    elif run.resume is not None:
+        logger.info(f"There is no checkpoint in {output} yet: the run starts anew.")
+    loader = make_loader(
+        dataset,
+        run.batch_size,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        start_batch=progress["iteration"] * run.gradient_accumulation_steps,
+        num_workers=data.num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    if run.report_to != "none":
+        # A resumed run leaves no second curve beside the first
+        start = {"tensorboard": {"purge_step": progress["iteration"] + 1}, "wandb": {"resume": "allow"}}
+        accelerator.init_trackers("invsr", init_kwargs=start)
+    run_log = RunLog(output / "log.jsonl", progress["iteration"]) if accelerator.is_main_process else None
+
+    def log(values: dict[str, float]):
+        accelerator.log(values, step=progress["iteration"])
+        if accelerator.is_main_process:
+            run_log.append(progress["iteration"], values)
+
+    @torch.no_grad()
+    def validate():
+        if validation is None:
+            return
+        ema.copy_to(ema_predictor.parameters())
+        metrics, rows = validation.measure(pipe)
+        log(metrics)
+        logger.info(f"Validation: {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())}")
+        folder = output / "validation" / f"iteration-{progress['iteration']:07d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for (name, *_), row in zip(validation.pairs, rows):
+            row.save(folder / f"{name}.png")
+            for tracker in accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    tracker.log_images({name: np.asarray(row)[None]}, progress["iteration"], dataformats="NHWC")
+                elif tracker.name == "wandb":
+                    tracker.log_images({name: [row]}, progress["iteration"])
+
+    # 6. Loop
+    stop, micro_batch = StopRequest(), 0
+    bar = tqdm(total=run.max_iterations, initial=progress["iteration"], disable=not accelerator.is_local_main_process)
+    if progress["iteration"] == 0:
+        validate()
+    batches = iter(loader)
+    while progress["iteration"] < run.max_iterations:
+        with accelerator.accumulate(*networks):
+            # 6.1 A batch: all that is random in it comes from one generator
+            batch = next(batches)
+            skip_report.add(batch["skipped"])
+            number = progress["iteration"] * run.gradient_accumulation_steps + micro_batch
+            generator = batch_generator(run.seed, number * accelerator.num_processes + accelerator.process_index)
+            with torch.no_grad():
+                hr = batch["hr"].to(accelerator.device, non_blocking=True).float() / 255
+                posterior = encode_posterior(pipe.vae, hr, cache, batch["keys"])
+                lr, posterior = pool.exchange(degradation(hr, generator), posterior, generator=generator)
+                # ξ₁ for the predictor, ξ₂ and ξ₃ for the posteriors of the LR and the HR image
+                shape = (3, len(lr), pipe.vae.config.latent_channels, *posterior.shape[-2:])
+                noise = torch.randn(shape, generator=generator).to(accelerator.device)
+                starts = torch.randint(len(START_TIMESTEPS), (len(lr),), generator=generator)
+                timesteps = (torch.tensor(START_TIMESTEPS)[starts] - 1).to(accelerator.device)
+                enlarged = F.interpolate(lr, scale_factor=pipe.config.scale, mode="bicubic", align_corners=False)
+                lr_latents = pipe.encode_image(enlarged, noise[1])
+                hr_latents = draw_latents(pipe.vae, posterior, noise[2])
+
+            # 6.2 Noise predictor: the discriminator is frozen and hands on gradients
+            estimate = one_step_estimate(
+                noise_predictor, pipe.unet, pipe.scheduler, lr, lr_latents, timesteps, noise[0], prompt_embeds
+            )
+            losses = {"l2": latent_l2(estimate, hr_latents)}
+            loss = losses["l2"]
+            if latent_lpips is not None:
+                losses["lpips"] = latent_lpips(estimate, hr_latents)
+                loss = loss + run.lpips_weight * losses["lpips"]
+            bounded = estimate.clamp(-DISCRIMINATOR_RANGE, DISCRIMINATOR_RANGE)
+            if discriminator is not None and progress["iteration"] >= run.dis_init_iterations:
+                discriminator.requires_grad_(False)
+                judge = accelerator.unwrap_model(discriminator)  # outside of what synchronises its gradients
+                losses["adversarial"] = hinge_generator(judge(bounded, timesteps, prompt_embeds).logits)
+                loss = loss + run.adversarial_weight * losses["adversarial"]
+            losses["total"] = loss
+            accelerator.backward(loss.mean())
+            norms = {}
+            if accelerator.sync_gradients:
+                norms["grad_norm"] = descend(accelerator, noise_predictor, optimizer, run.max_grad_norm)
+                lr_scheduler.step()
+                if math.isfinite(norms["grad_norm"]):
+                    ema.step(whole_parameters(noise_predictor))
+
+            # 6.3 Discriminator: the estimate is a constant
+            if discriminator is not None:
+                discriminator.requires_grad_(True)
+                logits = discriminator(
+                    torch.cat([hr_latents, bounded.detach()]), timesteps.repeat(2), prompt_embeds
+                ).logits
+                real, fake = zip(*(output.chunk(2) for output in logits))
+                losses["discriminator"] = hinge_discriminator(real, fake)
+                accelerator.backward(losses["discriminator"].mean())
+                if accelerator.sync_gradients:
+                    norms["discriminator_grad_norm"] = descend(
+                        accelerator, discriminator, dis_optimizer, run.max_grad_norm
+                    )
+            for name, values in losses.items():
+                meter.add(name, values, timesteps)
+        micro_batch += 1
+        if not accelerator.sync_gradients:
+            continue
+
+        # 6.4 The iteration is over: count, log, validate, save
+        micro_batch = 0
+        progress["iteration"] += 1
+        bar.update()
+        finite = all(math.isfinite(norm) for norm in norms.values())
+        progress["skipped_in_a_row"] = 0 if finite else progress["skipped_in_a_row"] + 1
+        progress["skipped_steps"] += not finite
+        if progress["iteration"] % run.log_every == 0:
+            values = meter.compute(accelerator) | norms | {"learning_rate": lr_scheduler.get_last_lr()[0]}
+            values |= {"skipped_steps": progress["skipped_steps"], "skipped_images": len(skip_report)}
+            log(values)
+            bar.set_postfix({name: f"{values[name]:.4f}" for name in losses})
+        finished = progress["iteration"] == run.max_iterations
+        if progress["iteration"] % run.validate_every == 0 or finished:
+            validate()
+        diverged = progress["skipped_in_a_row"] >= run.max_skipped_steps
+        if stop.received:
+            accelerator.set_trigger()
+        stopped = accelerator.check_trigger()
+        if progress["iteration"] % run.checkpoint_every == 0 or finished or diverged or stopped:
+            saved = checkpoints.save(progress["iteration"], write_checkpoint)
+        if diverged:
+            raise RuntimeError(
+                f"The gradients of {run.max_skipped_steps} iterations in a row were not finite. The last good weights"
+                f" are in {saved}: lower `learning_rate`, or train in bf16 or without mixed precision."
+            )
+        if stopped and not finished:
+            logger.info(f"Stopped. `--resume {saved}` goes on.")
+            break
+    bar.close()
+    stop.restore()
+    if skip_report:
+        logger.warning(skip_report.summary())
+
+    # 7. Save and publish the pipeline
+    if discriminator is not None:
+        dis_weights = whole_parameters(discriminator)
+    if accelerator.is_main_process and progress["iteration"] == run.max_iterations:
+        ema.copy_to(ema_predictor.parameters())
+        card = card_metadata(pipe)
+        if not Path(base).is_dir():
+            card.setdefault("base_model", base)
+        card["training"] = describe(model, data, run, degradation_settings, read_log(output / "log.jsonl"))
+        card["training_data"] = f"High-resolution images: {', '.join(f'`{source}`' for source in data.train_data)}."
+        finished_pipe = convert(
+            ema_predictor.cpu(),
+            base=base,
+            output=output / "pipeline",
+            dtype=frozen_dtype,
+            variant=model.variant,
+            overwrite=True,
+            model_card=card,
+        )
+        if discriminator is not None:
+            whole = InvSRDiscriminator.from_config(accelerator.unwrap_model(discriminator).config)
+            with torch.no_grad():
+                for parameter, trained in zip(whole.parameters(), dis_weights, strict=True):
+                    parameter.copy_(trained)
+            whole.save_pretrained(output / "discriminator")
+        logger.info(f"The pipeline is in {output / 'pipeline'}.")
+        if run.push_to_hub:
+            finished_pipe.push_to_hub(run.hub_model_id or output.name)
+    accelerator.end_training()
+
+
+def out_of_memory_advice(data: DataSettings, run: RunSettings) -> str:
+    return (
+        f"Out of memory with `batch_size={run.batch_size}` and `crop_size={data.crop_size}`: halve `batch_size` and"
+        " double `gradient_accumulation_steps`, which trains the same; set `gradient_checkpointing`; or lower"
+        " `crop_size`."
+    )
+
+
+def main(argv: list[str] | None = None):
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    model, data, run, degradation = parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        train(model, data, run, degradation)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise SystemExit(out_of_memory_advice(data, run)) from error
+
+
+if __name__ == "__main__":
+    main()

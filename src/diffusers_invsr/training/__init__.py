@@ -1,0 +1,47 @@
+"""The parts of training (section 3 of the paper); `examples/train_invsr.py` puts them together."""
+
+from .checkpoints import Checkpoints, write_atomically
+from .data import CropDataset, CropStream, SkipReport, make_dataset, make_loader
+from .degradation import Degradation, DegradationSettings, EvaluationDegradationSettings
+from .discriminator import InvSRDiscriminator, InvSRDiscriminatorOutput
+from .latent_cache import LatentCache, vae_fingerprint
+from .latent_lpips import LatentLPIPS, load_latent_lpips
+from .latents import draw_latents, encode_posterior
+from .logs import RunLog, StepwiseMeter, read_log
+from .losses import DISCRIMINATOR_RANGE, hinge_discriminator, hinge_generator, latent_l2, one_step_estimate
+from .pair_pool import PairPool
+from .sources import list_files
+from .validation import ValidationSet
+
+
+__all__ = [
+    "DISCRIMINATOR_RANGE",
+    "Checkpoints",
+    "CropDataset",
+    "CropStream",
+    "Degradation",
+    "DegradationSettings",
+    "EvaluationDegradationSettings",
+    "InvSRDiscriminator",
+    "InvSRDiscriminatorOutput",
+    "LatentCache",
+    "LatentLPIPS",
+    "PairPool",
+    "RunLog",
+    "SkipReport",
+    "StepwiseMeter",
+    "ValidationSet",
+    "draw_latents",
+    "encode_posterior",
+    "hinge_discriminator",
+    "hinge_generator",
+    "latent_l2",
+    "list_files",
+    "load_latent_lpips",
+    "make_dataset",
+    "make_loader",
+    "one_step_estimate",
+    "read_log",
+    "vae_fingerprint",
+    "write_atomically",
+]

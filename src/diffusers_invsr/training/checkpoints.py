@@ -1,0 +1,134 @@
+"""Checkpoints that are complete or do not exist, and are found again after any interruption."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+
+
+logger = get_logger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_atomically(file: Path, text: str):
+    """Write a text file so that an interruption leaves the old content or the new one."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or `None`: its files are compared with the digests of its manifest."""
+    try:
+        digests = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, digest in digests.items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _digest(file) != digest:
+            return f"{name} has changed since it was written"
+    return None
+
+
+class Checkpoints:
+    r"""
+    The checkpoints of a run: folders `checkpoint-<iteration>` below its output folder.
+
+    A checkpoint is written under another name, with the digest of each file, and renamed when it is whole.
+
+    Args:
+        folder (`Path`): The run's output folder.
+        accelerator (`Accelerator`): Every process takes part in saving and gets the same answer in loading.
+        keep (`int`, *optional*): How many of the newest stay; all by default.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, keep: int | None = None):
+        self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
+
+    def list(self) -> list[Path]:
+        """All checkpoints, oldest first."""
+        numbered = [
+            (int(match[1]), path)
+            for path in self.folder.glob("checkpoint-*")
+            if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        ]
+        return [path for _, path in sorted(numbered)]
+
+    def save(self, iteration: int, write: Callable[[Path], None]) -> Path:
+        r"""
+        Save a checkpoint and remove those that are too old.
+
+        Args:
+            iteration (`int`): Finished iterations.
+            write (`Callable[[Path], None]`): Called in every process with the folder to write to.
+
+        Returns:
+            `Path`: The checkpoint. One that this iteration already has is left as it is.
+        """
+        checkpoint = self.folder / f"checkpoint-{iteration}"
+        temporary = self.folder / f".checkpoint-{iteration}.tmp"
+        self.accelerator.wait_for_everyone()
+        if checkpoint.is_dir():
+            return checkpoint
+        if self.accelerator.is_main_process:
+            for leftover in self.folder.glob(".checkpoint-*.tmp"):
+                shutil.rmtree(leftover)
+            temporary.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        write(temporary)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            files = sorted(file for file in temporary.rglob("*") if file.is_file())
+            digests = {str(file.relative_to(temporary)): _digest(file) for file in files}
+            (temporary / MANIFEST).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+            temporary.rename(checkpoint)
+            for old in self.list()[: -self.keep] if self.keep else ():
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+        return checkpoint
+
+    def find(self, name: str) -> Path | None:
+        r"""
+        The checkpoint to resume from.
+
+        Args:
+            name (`str`): A checkpoint's folder, or `"latest"` for the newest one that is undamaged.
+
+        Returns:
+            `Path`: The checkpoint, or `None` if the newest is asked for and there is none at all.
+
+        Raises:
+            ValueError: If the checkpoint that is named, or every one, is damaged or does not exist.
+        """
+        found, faults = [None], []
+        if self.accelerator.is_main_process:
+            candidates = self.list()[::-1] if name == "latest" else [Path(name)]
+            for candidate in candidates:
+                fault = damage(candidate) if candidate.is_dir() else "there is no such folder"
+                if fault is None:
+                    found = [candidate]
+                    break
+                faults.append(f"{candidate}: {fault}")
+                if name == "latest":
+                    logger.warning(f"The checkpoint {faults[-1]}; trying the one before.")
+        found, faults = broadcast_object_list([found[0], faults])
+        if found is None and faults:
+            raise ValueError(
+                f"`resume={name!r}` cannot be used, because no checkpoint is whole ({'; '.join(faults)})."
+            )
+        return found

@@ -1,0 +1,84 @@
+"""Means of losses by starting step, and the log file of a run."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ..scheduling_invsr import START_TIMESTEPS
+from .checkpoints import write_atomically
+
+
+class StepwiseMeter:
+    """Means of per-image losses, over all images and by starting step, since the last time they were asked for."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, name: str, values: torch.Tensor, timesteps: torch.Tensor):
+        r"""
+        Count the losses of a batch. Values that are not finite are left out.
+
+        Args:
+            name (`str`): Name of the loss.
+            values (`torch.Tensor`): Its value for each image, `(B,)`.
+            timesteps (`torch.Tensor`): Starting steps as schedule indices, `(B,)`.
+        """
+        sums = self.sums.setdefault(name, torch.zeros(len(START_TIMESTEPS), 2, dtype=torch.float64))
+        values, timesteps = values.detach().double().cpu(), timesteps.cpu()
+        for row, start in zip(sums, START_TIMESTEPS):
+            chosen = values[(timesteps == start - 1) & values.isfinite()]
+            row += torch.tensor([chosen.sum(), len(chosen)])
+
+    def compute(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over all processes, `name` and `name/<start>`, of what was added since the last call."""
+        means = {}
+        for name, sums in self.sums.items():
+            # MPS has no float64
+            sums = accelerator.reduce(sums.float().to(accelerator.device)).cpu().double()
+            total, count = sums.sum(dim=0).tolist()
+            means[name] = total / count if count else math.nan
+            means |= {f"{name}/{start}": (s / n).item() for start, (s, n) in zip(START_TIMESTEPS, sums) if n}
+        self.sums = {}
+        return means
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(self.sums)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]):
+        self.sums = dict(state)
+
+
+class RunLog:
+    r"""
+    `log.jsonl`: one JSON object a line, each with its `iteration`.
+
+    Args:
+        file (`Path`): The file; it is appended to.
+        iteration (`int`): Where the run goes on. Lines beyond it, left by a run that was killed, are removed.
+    """
+
+    def __init__(self, file: Path, iteration: int):
+        self.file = file
+        write_atomically(file, "".join(json.dumps(record) + "\n" for record in read_log(file, iteration)))
+
+    def append(self, iteration: int, values: dict[str, float]):
+        # JSON has no NaN
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"iteration": iteration, **values}) + "\n")
+
+
+def read_log(file: Path, last_iteration: float = math.inf) -> list[dict[str, float]]:
+    """Records of a `log.jsonl` up to an iteration; a last line that was cut off by a kill is left out."""
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if record["iteration"] <= last_iteration:
+            records.append(record)
+    return records

@@ -1,0 +1,115 @@
+"""What a model under training makes of a fixed set of images."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from PIL import Image, ImageDraw
+
+from ..image_files import read_image
+from ..image_processor import InvSRImageProcessor
+from ..metrics import psnr_y, ssim_y
+from ..pipeline_invsr import InvSRPipeline
+from .degradation import Degradation, EvaluationDegradationSettings
+
+
+logger = get_logger(__name__)
+
+STEPS = {"1_step": 1, "3_steps": 3}
+LABEL_HEIGHT = 16
+MULTIPLE = 64  # of the HR sides, so that every level of VAE and UNet halves without a rest
+
+
+def load_lpips() -> torch.nn.Module | None:
+    """LPIPS (VGG) of RGB images, or `None` with a warning where its weights are neither on disk nor to be fetched."""
+    try:
+        import lpips
+        from torchvision.models import VGG16_Weights
+
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_Weights.IMAGENET1K_V1.url).name)
+        if HF_HUB_OFFLINE and not file.is_file():
+            raise OSError(f"{file} is missing, and HF_HUB_OFFLINE is set")
+        return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+    except (ImportError, OSError, RuntimeError) as error:  # torchvision is missing or does not fit; no network
+        logger.warning(f"Validation goes without LPIPS, whose weights cannot be had here ({error}).")
+        return None
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB image as `(1, 3, H, W)` in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+
+
+def to_image(pixels: torch.Tensor) -> Image.Image:
+    """`(1, 3, H, W)` in [0, 1] as an RGB image of 8 bits."""
+    return Image.fromarray((pixels[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+class ValidationSet:
+    r"""
+    HR crops from the middle of photographs, and their LR versions by the degradation of test sets (section 4.1).
+
+    Args:
+        files (`list[str]`): Photographs. One that is too small or cannot be read is an error here, not skipped.
+        crop_size (`int`): Side of the HR crops in pixels; a smaller photograph is taken as far as it goes.
+        scale (`int`, defaults to 4): Scale factor.
+        seed (`int`, defaults to 0): Seed of the degradation (with the image's number) and of sampling.
+    """
+
+    def __init__(self, files: list[str], crop_size: int, scale: int = 4, seed: int = 0):
+        self.seed, self.lpips = seed, load_lpips()
+        degradation = Degradation(EvaluationDegradationSettings(), scale)
+        self.pairs = []
+        for number, file in enumerate(files):
+            pixels = InvSRImageProcessor().preprocess(read_image(Path(file))[0])[0].pixels
+            size = [min(side, crop_size) // MULTIPLE * MULTIPLE for side in pixels.shape[1:]]
+            if not all(size):
+                raise ValueError(
+                    f"The image for validation {file!r} has to be at least {MULTIPLE} pixels high and wide, but is"
+                    f" {pixels.shape[1]}x{pixels.shape[2]}."
+                )
+            top, left = ((side - cropped) // 2 for side, cropped in zip(pixels.shape[1:], size))
+            hr = pixels[None, :, top : top + size[0], left : left + size[1]]
+            hr = to_image(hr if hr.is_floating_point() else hr / 255)
+            lr = to_image(degradation(to_tensor(hr), torch.Generator().manual_seed(seed + number)))
+            self.pairs.append((f"{number:03d}-{Path(file).stem}", lr, hr))
+
+    def measure(self, pipe: InvSRPipeline) -> tuple[dict[str, float], list[Image.Image]]:
+        r"""
+        Enlarge the set in one and in three steps and compare with the HR images and with bicubic enlargement.
+
+        Args:
+            pipe ([`InvSRPipeline`]): The model.
+
+        Returns:
+            `tuple[dict[str, float], list[Image.Image]]`: Means by name, such as `"psnr_y/1_step"`; and for each image
+            a row LR | bicubic | 1 step | 3 steps | HR.
+        """
+        scores, rows = {}, []
+        for _, lr, hr in self.pairs:
+            results = {"bicubic": lr.resize(hr.size, Image.Resampling.BICUBIC)}
+            for name, num_steps in STEPS.items():
+                generator = torch.Generator().manual_seed(self.seed)
+                results[name] = pipe(lr, num_steps=num_steps, tile_size=None, generator=generator).images[0]
+            for name, result in results.items():
+                values = {"psnr_y": psnr_y(np.array(result), np.array(hr))}
+                values["ssim_y"] = ssim_y(np.array(result), np.array(hr))
+                if self.lpips is not None:
+                    values["lpips"] = self.lpips(2 * to_tensor(result) - 1, 2 * to_tensor(hr) - 1).item()
+                for metric, value in values.items():
+                    scores.setdefault(f"{metric}/{name}", []).append(value)
+            rows.append(row({"lr": lr.resize(hr.size, Image.Resampling.NEAREST), **results, "hr": hr}))
+        return {name: float(np.mean(values)) for name, values in scores.items()}, rows
+
+
+def row(images: dict[str, Image.Image]) -> Image.Image:
+    """Images of one size beside each other, under their names."""
+    width, height = next(iter(images.values())).size
+    sheet = Image.new("RGB", (width * len(images), height + LABEL_HEIGHT), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (name, image) in enumerate(images.items()):
+        draw.text((number * width + 3, 1), name.replace("_", " "), fill="black", font_size=12)
+        sheet.paste(image, (number * width, LABEL_HEIGHT))
+    return sheet

@@ -1,0 +1,416 @@
+"""`examples/train_invsr.py` as a user runs it, with small real networks for the embedded model."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr.training.logs import read_log
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "train_invsr.py"
+PHOTOS = Path(__file__).parent / "fixtures" / "photos"
+DISCRIMINATOR = {
+    "in_channels": 16,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "block_out_channels": [32, 32],
+    "layers_per_block": 1,
+    "num_attention_heads": 4,
+    "cross_attention_dim": None,
+}
+LOSSES = ("l2", "lpips", "adversarial", "discriminator", "total")
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("train_invsr")
+
+
+@pytest.fixture(scope="module")
+def latent_lpips(tmp_path_factory):
+    pytest.importorskip("lpips", reason="lpips needs torchvision", exc_type=Exception)
+    from diffusers_invsr.training import LatentLPIPS
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("latent-lpips")
+    LatentLPIPS(in_channels=16, block_out_channels=(8, 8, 8, 8, 8)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for file in PHOTOS.glob("*_hr.png"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(latent_lpips, photos, tmp_path_factory):
+    """A run of six small iterations with all three losses, as a YAML file."""
+    predictor = {
+        "down_block_types": ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"],
+        "block_out_channels": [32],
+        "layers_per_block": [1],
+        "latent_channels": 16,
+        "mid_block_add_attention": False,
+        "temb_channels": 32,
+        "attention_head_dim": 32,
+    }
+    values = {
+        "base_model": "tiny",
+        "noise_predictor_config": predictor,
+        "discriminator_config": DISCRIMINATOR,
+        "latent_lpips": latent_lpips,
+        "train_data": [str(photos)],
+        "crop_size": 64,
+        "batch_size": 2,
+        "pool_batches": 2,
+        "num_workers": 0,
+        "learning_rate": 1e-3,
+        "warmup_iterations": 2,
+        "max_iterations": 6,
+        "dis_init_iterations": 2,
+        "log_every": 1,
+        "validate_every": 100,
+        "checkpoint_every": 2,
+        "report_to": "none",
+    }
+    file = tmp_path_factory.mktemp("settings") / "settings.yaml"
+    file.write_text(json.dumps(values))  # JSON is YAML
+    return str(file)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its state for the life of a process."""
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def environment(threads=1):
+    """Several threads only slow small models down."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+
+
+def start(settings, output, *options, processes=1, threads=1):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+        launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command = [*launcher, str(SCRIPT), settings, "--output_dir", str(output), *options]
+    return subprocess.Popen(
+        command, env=environment(threads), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def run(settings, output, *options, **start_options):
+    process = start(settings, output, *options, **start_options)
+    text, _ = process.communicate()
+    assert process.returncode == 0, text
+    return text
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def assert_same_end(one, other, iteration=6):
+    """Two runs logged the same losses and ended with the same weights, to the last bit."""
+    assert (one / "log.jsonl").read_text() == (other / "log.jsonl").read_text()
+    files = [f"checkpoint-{iteration}/model.safetensors", f"checkpoint-{iteration}/model_1.safetensors"]
+    for name in (*files, "pipeline/noise_predictor/diffusion_pytorch_model.safetensors"):
+        first, second = load_file(one / name), load_file(other / name)
+        assert all(torch.equal(value, second[key]) for key, value in first.items()), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(settings, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    run(settings, output)
+    return output
+
+
+def test_a_run_from_start_to_pipeline(script, settings, photos, tmp_path):
+    output = tmp_path / "run"
+    options = ["--validation_data", f"{photos}[:1]", "--validate_every", "3", "--report_to", "tensorboard"]
+    script.main([settings, "--output_dir", str(output), *options])
+
+    records = read_log(output / "log.jsonl")
+    losses = [record for record in records if "l2" in record]
+    assert [record["iteration"] for record in losses] == [1, 2, 3, 4, 5, 6]
+    # The adversarial term joins after two iterations, the discriminator learns from the first.
+    assert ["adversarial" in record for record in losses] == [False, False, True, True, True, True]
+    assert all(record["discriminator"] > 0 and record["discriminator_grad_norm"] > 0 for record in losses)
+    for record in losses[2:]:
+        total = record["l2"] + 2.0 * record["lpips"] + 0.1 * record["adversarial"]
+        assert record["total"] == pytest.approx(total, rel=1e-5)
+    starts = {key.split("/")[1] for record in losses for key in record if key.startswith("l2/")}
+    assert len(starts) >= 3 and starts <= {"250", "200", "150", "100"}
+    assert losses[1]["learning_rate"] == 1e-3  # after two iterations of warm-up
+
+    validations = [record for record in records if "psnr_y/1_step" in record]
+    assert [record["iteration"] for record in validations] == [0, 3, 6]
+    assert len({record["psnr_y/bicubic"] for record in validations}) == 1
+    assert len({record["psnr_y/1_step"] for record in validations}) == 3
+    sheets = sorted((output / "validation").rglob("*.png"))
+    assert len(sheets) == 3 and Image.open(sheets[0]).size == (5 * 64, 64 + 16)
+    assert list((output / "logs").rglob("events.out.tfevents.*"))
+
+    # What is frozen is what it was; what is trained is not.
+    for part in ("vae", "unet"):
+        before, after = (
+            load_file(next(Path(folder, part).glob("*.safetensors"))) for folder in (TINY, output / "pipeline")
+        )
+        assert all(torch.equal(value.float(), after[name]) for name, value in before.items())
+    first, last = (load_file(output / f"checkpoint-{i}/model.safetensors") for i in (2, 6))
+    assert [name for name in first if torch.equal(first[name], last[name])] == []
+
+    pipe = InvSRPipeline.from_pretrained(output / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    averaged = pipe.noise_predictor.state_dict()
+    assert any(not torch.equal(averaged[name], value) for name, value in last.items())
+    assert pipe(Image.new("RGB", (16, 16), "teal"), num_steps=2).images[0].size == (64, 64)
+    card = (output / "pipeline" / "README.md").read_text()
+    assert "| dis_init_iterations | `2` |" in card and "| 6 | " in card and str(photos) in card
+
+
+def test_killed_and_resumed_is_the_same_to_the_last_bit(settings, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    process = start(settings, output)
+    wait_for(output / "checkpoint-4", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "pipeline").exists()
+    run(settings, output, "--resume", "latest")
+    assert_same_end(uninterrupted, output)
+
+
+def test_a_damaged_checkpoint_falls_back(settings, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted, output)
+    shutil.rmtree(output / "pipeline")
+    with open(output / "checkpoint-6" / "optimizer.bin", "r+b") as file:
+        file.truncate(1000)
+    text = run(settings, output, "--resume", "latest")
+    assert "checkpoint-6: optimizer.bin has changed" in text and "trying the one before" in text
+    # The one before is found; the damaged folder is replaced when its iteration comes again.
+    assert_same_end(uninterrupted, output)
+
+
+def test_ctrl_c_saves_and_goes_on_later(settings, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    process = start(settings, output, "--checkpoint_every", "100")
+    wait_for(output / "log.jsonl", process)
+    while '"iteration": 1' not in (output / "log.jsonl").read_text():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate()
+    assert process.returncode == 0, text
+    (checkpoint,) = output.glob("checkpoint-*")
+    assert f"`--resume {checkpoint}` goes on" in text
+    run(settings, output, "--resume", str(checkpoint))
+    assert_same_end(uninterrupted, output)
+
+
+def test_two_processes_have_the_gradients_of_one_with_twice_the_images(settings, tmp_path):
+    """A pool would mix each process's own batches; without it, two processes see what one sees in two batches."""
+    options = ["--pool_batches", "0", "--checkpoint_every", "1", "--max_iterations", "3", "--keep_checkpoints", "9"]
+    run(settings, tmp_path / "one", *options, "--gradient_accumulation_steps", "2")
+    run(settings, tmp_path / "two", *options, processes=2)
+    for name in ("optimizer.bin", "optimizer_1.bin"):
+        # After one iteration Adam's first moment is the gradient times 0.1.
+        one, two = (torch.load(tmp_path / run / "checkpoint-1" / name)["state"] for run in ("one", "two"))
+        assert one[0]["exp_avg"].abs().max() > 0
+        for key in one:
+            torch.testing.assert_close(one[key]["exp_avg"], two[key]["exp_avg"], rtol=1e-4, atol=1e-8)
+    for first, second in zip(*(read_log(tmp_path / run / "log.jsonl") for run in ("one", "two"))):
+        assert {name: first[name] for name in ("l2", "total")} == pytest.approx(
+            {name: second[name] for name in ("l2", "total")}, rel=1e-4
+        )
+
+    later = shutil.ignore_patterns("checkpoint-[23]", "pipeline")
+    shutil.copytree(tmp_path / "two", tmp_path / "resumed", ignore=later)
+    run(settings, tmp_path / "resumed", *options, "--resume", "latest", processes=2)
+    assert_same_end(tmp_path / "two", tmp_path / "resumed", iteration=3)
+    with pytest.raises(AssertionError, match="`num_processes=1` contradicts the run to resume, where it is 2"):
+        run(settings, tmp_path / "two", *options, "--resume", "latest")
+
+
+SHARDED = """
+import sys, torch
+from torch.distributed.fsdp import fully_shard
+from diffusers_invsr import InvSRNoisePredictor
+
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(0)
+model = InvSRNoisePredictor(block_out_channels=(32, 32), layers_per_block=1, temb_channels=32, attention_head_dim=32)
+images = torch.rand(2, 3, 16, 16)
+model(images, 199).latent_dist.mean.square().mean().backward()
+expected = [parameter.grad.clone() for parameter in model.parameters()]
+model.zero_grad()
+fully_shard(model)
+rank = torch.distributed.get_rank()
+model(images[rank : rank + 1], 199).latent_dist.mean.square().mean().backward()
+for gradient, parameter in zip(expected, model.parameters()):
+    torch.testing.assert_close(parameter.grad.full_tensor(), gradient, rtol=1e-4, atol=1e-7)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_sharded_predictor_has_the_gradients_of_the_whole_batch(tmp_path):
+    """FSDP has to find the tensors of the predictor's output."""
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.run(
+        [sys.executable, *launcher, str(tmp_path / "sharded.py")], env=environment(), text=True, capture_output=True
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_gradients_that_are_not_finite_stop_the_run(script, settings, tmp_path):
+    output = tmp_path / "run"
+    options = ["--learning_rate", "1e30", "--warmup_iterations", "0", "--max_skipped_steps", "2"]
+    with pytest.raises(RuntimeError, match="2 iterations in a row were not finite.*lower `learning_rate`"):
+        script.main([settings, "--output_dir", str(output), "--max_iterations", "50", *options])
+    last = read_log(output / "log.jsonl")[-1]
+    assert last["skipped_steps"] == 2 and last["grad_norm"] is None
+    weights = load_file(output / f"checkpoint-{last['iteration']}" / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_damaged_images_are_left_out_and_reported(script, settings, photos, tmp_path, caplog):
+    folder = tmp_path / "damaged"
+    shutil.copytree(photos, folder)
+    photo = Image.open(next(photos.iterdir())).convert("RGB")
+    photo.save(folder / "truncated.jpg")
+    (folder / "truncated.jpg").write_bytes((folder / "truncated.jpg").read_bytes()[:3000])
+    photo.resize((1, 1)).save(folder / "one.png")
+    (folder / "text.png").write_text("no image")
+    photo.convert("L").save(folder / "grey.png")
+    photo.convert("RGBA").save(folder / "alpha.png")
+    photo.convert("I;16").save(folder / "deep.png")
+    script.main([settings, "--train_data", str(folder), "--output_dir", str(tmp_path / "run"), "--batch_size", "3"])
+    assert read_log(tmp_path / "run" / "log.jsonl")[-1]["skipped_images"] == 3
+    report = next(record.getMessage() for record in caplog.records if "skipped 3" in record.getMessage())
+    assert all(name in report for name in ("truncated.jpg", "one.png", "text.png"))
+
+
+def test_fine_tuning_without_a_discriminator_file(script, settings, tmp_path):
+    predictor = f"{TINY}/noise_predictor"
+    script.main([settings, "--noise_predictor", predictor, "--output_dir", str(tmp_path), "--max_iterations", "3"])
+    records = read_log(tmp_path / "log.jsonl")
+    assert ["adversarial" in record for record in records] == [False, False, True]
+    before, after = (
+        load_file(next(Path(folder).glob("*.safetensors")))
+        for folder in (predictor, tmp_path / "pipeline" / "noise_predictor")
+    )
+    assert before.keys() == after.keys()
+    assert 0 < max((before[name].float() - after[name]).abs().max() for name in before) < 0.1
+
+
+def test_a_loss_of_weight_zero_is_not_computed(script, settings, tmp_path):
+    options = ["--adversarial_weight", "0", "--lpips_weight", "0", "--latent_lpips", "nowhere"]
+    script.main([settings, "--output_dir", str(tmp_path), *options])
+    records = read_log(tmp_path / "log.jsonl")
+    assert all(record["total"] == record["l2"] for record in records)
+    assert not any(key.startswith(("lpips", "adversarial", "discriminator")) for key in records[-1])
+    assert not (tmp_path / "discriminator").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--gradient_checkpointing"], ["--channels_last"], ["--mixed_precision", "bf16"]],
+    ids=lambda options: options[0],
+)
+def test_options_of_speed_and_memory_train_nearly_the_same(script, settings, uninterrupted, tmp_path, options):
+    script.main([settings, "--output_dir", str(tmp_path), *options])
+    expected = read_log(uninterrupted / "log.jsonl")
+    tolerance = 0.05 if "bf16" in options else 1e-3
+    for record, reference in zip(read_log(tmp_path / "log.jsonl"), expected, strict=True):
+        assert record["l2"] == pytest.approx(reference["l2"], rel=tolerance)
+        assert record["lpips"] == pytest.approx(reference["lpips"], rel=tolerance)
+
+
+def test_cached_latents_train_the_same(script, settings, tmp_path):
+    options = ["--crops_per_image", "1", "--max_iterations", "4"]
+    script.main([settings, "--output_dir", str(tmp_path / "without"), *options])
+    fresh = {"AcceleratorState": AcceleratorState, "GradientState": GradientState, "PartialState": PartialState}
+    for number in (1, 2):  # writing it and reading it
+        for state in fresh.values():
+            state._reset_state()
+        cache = ["--latent_cache", str(tmp_path / "cache")]
+        script.main([settings, "--output_dir", str(tmp_path / f"with{number}"), *options, *cache])
+        logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("without", f"with{number}")]
+        assert logs[0] == logs[1]
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 3  # one crop of each photograph
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--batch_size", "0"], "--batch_size has to be at least 1, but is 0"),
+        (["--latent_cache", "x"], "--latent_cache needs --crops_per_image"),
+        (["--lpips_weight", "1", "--latent_lpips", ""], "--latent_lpips is needed"),
+        (["--sinc", "1"], "are not used|unrecognized"),
+    ],
+)
+def test_wrong_options_are_refused(script, settings, options, message, capsys):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        script.main([settings, *options])
+    assert re.search(message, capsys.readouterr().err + str(error.value))
+
+
+def test_an_unknown_setting_in_the_file_is_refused(script, tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("learning_rat: 1.0e-4\n")
+    with pytest.raises(SystemExit):
+        script.main([str(tmp_path / "a.yaml")])
+    assert "has settings that do not exist: learning_rat" in capsys.readouterr().err
+
+
+def test_an_output_folder_with_checkpoints_is_not_overwritten(script, settings, uninterrupted):
+    with pytest.raises(ValueError, match="`output_dir=.*` holds checkpoints of an earlier run.*`--resume latest`"):
+        script.main([settings, "--output_dir", str(uninterrupted)])
+
+
+def test_out_of_memory_says_what_to_lower(script, settings):
+    _, data, run, _ = script.parse_args([settings])
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**60)
+    assert script.should_reduce_batch_size(error.value)
+    assert "halve `batch_size`" in script.out_of_memory_advice(data, run)
+
+
+@pytest.mark.parametrize("name", ["sd_turbo", "tiny"])
+def test_published_configurations_parse(script, name):
+    file = str(ROOT / "examples" / "configs" / f"{name}.yaml")
+    model, data, run, degradation = script.parse_args([file, "--train_data", "photos", "--learning_rate", "1e-4"])
+    assert data.train_data == ["photos"] and run.learning_rate == 1e-4
+    assert isinstance(run.discriminator_weight_decay, float)
