@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--val-photos", type=int, default=4, help="Photographs held out for validation, drawn at random."
     )
-    parser.add_argument("--patches", type=int, default=12, help="Triplets of each kind from each photograph.")
+    parser.add_argument("--patches", type=int, default=30, help="Triplets of each kind from each photograph.")
     parser.add_argument("--size", type=int, default=64, help="Side of a patch in pixels (BAPPS: 64).")
     parser.add_argument("--seed", type=int, default=0, help="Seed of every random choice.")
     args = parser.parse_args(argv)

@@ -36,7 +36,7 @@ import transformers
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.optimization import get_constant_schedule_with_warmup
 from diffusers.training_utils import EMAModel
@@ -137,6 +137,7 @@ class RunSettings:
     keep_checkpoints: int = setting("How many checkpoints stay.", 3)
     report_to: str = setting("Tracker: `tensorboard`, `wandb`, ... or `none`.", "tensorboard")
     push_to_hub: bool = setting("Publish the finished pipeline.", False)
+    license: str | None = setting("Licence of the trained weights that the model card names, such as `cc0-1.0`.")
     hub_model_id: str | None = setting("Hub repository, `owner/name`. None: the output folder's name.")
 
 
@@ -497,6 +498,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
             break
     bar.close()
     stop.restore()
+    skip_report.add(gather_object(list(skip_report.reasons.items())))
     if skip_report:
         logger.warning(skip_report.summary())
 
@@ -506,6 +508,8 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     if accelerator.is_main_process and progress["iteration"] == run.max_iterations:
         ema.copy_to(ema_predictor.parameters())
         card = card_metadata(pipe)
+        if run.license is not None:
+            card["license"] = run.license
         if not Path(base).is_dir():
             card.setdefault("base_model", base)
         card["training"] = describe(model, data, run, degradation_settings, read_log(output / "log.jsonl"))

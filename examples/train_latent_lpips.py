@@ -5,10 +5,10 @@ Train the latent LPIPS on judged triplets (section 3.3 of the InvSR paper; the r
     # Published form: SD-Turbo's VAE and BAPPS (https://github.com/richzhang/PerceptualSimilarity, dataset/2afc)
     python train_latent_lpips.py --data 2afc/ --vae stabilityai/sd-turbo --output_dir latent-lpips/
 
-    # A small one for the embedded model, from nothing
+    # A small one for the embedded model, from nothing: minutes on a CPU. It needs a higher learning rate.
     python make_triplets.py --photos kodak/ --patterns 'kodim0?.png' 'kodim1[0-6].png' --output triplets/
     python train_latent_lpips.py --data triplets/ --vae tiny --block_out_channels 16 32 64 64 64 \
-        --output_dir latent-lpips-tiny/
+        --learning_rate 1e-3 --epochs 4 --decay_epochs 2 --output_dir latent-lpips-tiny/
 
 A triplet is a reference and two distorted versions p0 and p1 of it; the judgement is the share of people who find p1
 closer. All three go through the frozen VAE encoder, the metric measures d0 = d(ref, p0) and d1 = d(ref, p1), a small

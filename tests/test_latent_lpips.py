@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -284,6 +285,16 @@ def test_triplets_are_judged_by_construction(scripts, triplets):
         {int(file.stem) // 2 for file in (triplets / split / "blur" / "ref").iterdir()} for split in ("train", "val")
     )
     assert not train_photos & val_photos and len(train_photos | val_photos) == 3
+
+
+def test_latents_are_the_scaled_mean_of_the_posterior(scripts, cases):
+    _, train_latent_lpips = scripts
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**{**cases["vae"], "scaling_factor": 0.5}).eval()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = 0.5 * vae.encode(2 * images - 1).latent_dist.mean
+    torch.testing.assert_close(train_latent_lpips.encode(vae, images), expected)
 
 
 def test_agreement(scripts):

@@ -3,6 +3,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from diffusers_invsr import InvSRNoisePredictor, InvSRScheduler
+from diffusers_invsr.training.discriminator import InvSRDiscriminator
 from diffusers_invsr.training.losses import hinge_discriminator, hinge_generator, latent_l2, one_step_estimate
 
 
@@ -85,3 +86,31 @@ def test_gradients_reach_only_the_predictor(modules, checkpointing):
     assert [name for name, p in unet.named_parameters() if p.grad is not None] == []
     torch.optim.AdamW(predictor.parameters(), lr=1e-2).step()
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+def test_each_side_learns_from_its_own_loss(cases):
+    torch.manual_seed(0)
+    predictor = InvSRNoisePredictor(**cases["noise_predictor"])
+    channels = cases["unet"]["in_channels"]
+    discriminator = InvSRDiscriminator(
+        in_channels=channels,
+        down_block_types=["DownBlock2D"],
+        block_out_channels=[32],
+        layers_per_block=1,
+        num_attention_heads=4,
+        cross_attention_dim=None,
+    )
+
+    def learning(module):
+        return [name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+
+    estimate = predictor(torch.rand(2, 3, 16, 16), 199).latent_dist.mean
+    discriminator.requires_grad_(False)
+    hinge_generator(discriminator(estimate, 199).logits).mean().backward()
+    assert learning(discriminator) == [] and len(learning(predictor)) > 10
+
+    predictor.zero_grad()
+    discriminator.requires_grad_(True)
+    real = discriminator(torch.randn_like(estimate), 199).logits
+    hinge_discriminator(real, discriminator(estimate.detach(), 199).logits).mean().backward()
+    assert learning(predictor) == [] and len(learning(discriminator)) > 10

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from hub_server import serve
 from PIL import Image
 from safetensors.torch import load_file
+from subprocesses import run as run_function
 
 from diffusers_invsr import TINY, InvSRPipeline
 from diffusers_invsr.training.logs import read_log
@@ -264,6 +266,25 @@ def test_two_processes_have_the_gradients_of_one_with_twice_the_images(settings,
         run(settings, tmp_path / "two", *options, "--resume", "latest")
 
 
+def finish_and_push(script, settings, output):
+    """Resume a run that is over, so that only its end is left."""
+    import runpy
+    import sys
+
+    sys.argv = [script, settings, "--output_dir", output, "--resume", "latest"]
+    sys.argv += ["--push_to_hub", "--hub_model_id", "user/trained", "--license", "cc0-1.0"]
+    runpy.run_path(script, run_name="__main__")
+
+
+def test_the_finished_pipeline_is_published(settings, uninterrupted, tmp_path):
+    with serve() as hub:
+        run_function(finish_and_push, str(SCRIPT), settings, str(uninterrupted), home=tmp_path, hub=hub.url)
+        files = hub.files("user/trained")
+    assert {"model_index.json", "pipeline.py", "noise_predictor/diffusion_pytorch_model.safetensors"} <= set(files)
+    card = files["README.md"].decode()
+    assert "license: cc0-1.0" in card and "| dis_init_iterations | `2` |" in card
+
+
 SHARDED = """
 import sys, torch
 from torch.distributed.fsdp import fully_shard
@@ -379,13 +400,24 @@ def test_cached_latents_train_the_same(script, settings, tmp_path):
         (["--batch_size", "0"], "--batch_size has to be at least 1, but is 0"),
         (["--latent_cache", "x"], "--latent_cache needs --crops_per_image"),
         (["--lpips_weight", "1", "--latent_lpips", ""], "--latent_lpips is needed"),
-        (["--sinc", "1"], "are not used|unrecognized"),
+        (["--no-such-setting", "1"], "no-such-setting"),
+        (["--resume", "nowhere"], "`resume='nowhere'` cannot be used, .*there is no such folder"),
+        (["--crop_size", "32"], "`hr` has to have sides that are multiples of 4 and at least 56"),
+        (["--resize_factor", "0.5", "0.1"], "`resize_factor`"),
+        (["--discriminator", "nowhere"], "nowhere"),
+        (["--noise_predictor", "nowhere.pth"], "`source='nowhere.pth'` is neither a file nor one on the Hub"),
     ],
 )
-def test_wrong_options_are_refused(script, settings, options, message, capsys):
-    with pytest.raises((SystemExit, ValueError)) as error:
-        script.main([settings, *options])
+def test_wrong_options_are_refused(script, settings, options, message, capsys, tmp_path):
+    with pytest.raises((SystemExit, ValueError, OSError)) as error:
+        script.main([settings, "--output_dir", str(tmp_path), *options])
     assert re.search(message, capsys.readouterr().err + str(error.value))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_eight_bits_need_bitsandbytes(script, settings, tmp_path):
+    with pytest.raises(SystemExit, match="--use_8bit_adam needs bitsandbytes"):
+        script.main([settings, "--output_dir", str(tmp_path), "--use_8bit_adam"])
 
 
 def test_an_unknown_setting_in_the_file_is_refused(script, tmp_path, capsys):

@@ -142,8 +142,7 @@ def check_state_dict(state_dict: dict[str, torch.Tensor], expected: dict[str, to
     ]
     if lists:
         raise ValueError(
-            f"{source!r} does not fit the model's configuration of {len(expected)} tensors:"
-            f" {'; '.join(lists)}."
+            f"{source!r} does not fit the model's configuration of {len(expected)} tensors: {'; '.join(lists)}."
         )
 
 
