@@ -370,7 +370,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     )
     if run.report_to != "none":
         # A resumed run leaves no second curve beside the first
-        start = {"tensorboard": {"purge_step": progress["iteration"] + 1}, "wandb": {"resume": "allow"}}
+        start = {"tensorboard": {"purge_step": progress["iteration"] + 1}, "wandb": {"resume": "allow", "dir": output}}
         accelerator.init_trackers("invsr", init_kwargs=start)
     run_log = RunLog(output / "log.jsonl", progress["iteration"]) if accelerator.is_main_process else None
 
