@@ -372,7 +372,8 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
         # A resumed run leaves no second curve beside the first
         start = {"tensorboard": {"purge_step": progress["iteration"] + 1}, "wandb": {"resume": "allow", "dir": output}}
         accelerator.init_trackers("invsr", init_kwargs=start)
-    run_log = RunLog(output / "log.jsonl", progress["iteration"]) if accelerator.is_main_process else None
+    if accelerator.is_main_process:
+        run_log = RunLog(output / "log.jsonl", None if checkpoint is None else progress["iteration"])
 
     def log(values: dict[str, float]):
         accelerator.log(values, step=progress["iteration"])

@@ -80,8 +80,10 @@ def test_a_checkpoint_that_was_interrupted_does_not_count(checkpoints):
     assert [path.name for path in checkpoints.folder.glob(".*")] == []
 
 
-def test_an_existing_one_is_left_as_it_is(checkpoints):
-    checkpoints.save(100, lambda folder: pytest.fail("written again"))
+def test_a_damaged_one_is_replaced_when_its_iteration_comes_again(checkpoints):
+    truncate(checkpoints.list()[-1])
+    checkpoints.save(100, lambda folder: (folder / "state.bin").write_bytes(b"new"))
+    assert (checkpoints.find("latest") / "state.bin").read_bytes() == b"new"
 
 
 def test_atomic_text(tmp_path):
@@ -104,7 +106,8 @@ def test_meter_splits_by_starting_step(accelerator):
 
 def test_log_is_cut_where_the_run_goes_on(tmp_path):
     file = tmp_path / "log.jsonl"
-    log = RunLog(file, 0)
+    file.write_text('{"iteration": 0, "left": "by a run that never saved"}\n')
+    log = RunLog(file)
     for iteration in (1, 2, 3):
         log.append(iteration, {"l2": iteration / 3, "bad": float("nan")})
     with file.open("a") as stream:

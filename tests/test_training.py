@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from subprocesses import run as run_function
 
 from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr.training.checkpoints import damage
 from diffusers_invsr.training.logs import read_log
 
 
@@ -223,7 +224,7 @@ def test_a_damaged_checkpoint_falls_back(settings, uninterrupted, tmp_path):
         file.truncate(1000)
     text = run(settings, output, "--resume", "latest")
     assert "checkpoint-6: optimizer.bin has changed" in text and "trying the one before" in text
-    # The one before is found; the damaged folder is replaced when its iteration comes again.
+    assert damage(output / "checkpoint-6") is None
     assert_same_end(uninterrupted, output)
 
 

@@ -78,13 +78,11 @@ class Checkpoints:
             write (`Callable[[Path], None]`): Called in every process with the folder to write to.
 
         Returns:
-            `Path`: The checkpoint. One that this iteration already has is left as it is.
+            `Path`: The checkpoint. It takes the place of one that this iteration already has, a damaged one perhaps.
         """
         checkpoint = self.folder / f"checkpoint-{iteration}"
         temporary = self.folder / f".checkpoint-{iteration}.tmp"
         self.accelerator.wait_for_everyone()
-        if checkpoint.is_dir():
-            return checkpoint
         if self.accelerator.is_main_process:
             for leftover in self.folder.glob(".checkpoint-*.tmp"):
                 shutil.rmtree(leftover)
@@ -96,6 +94,8 @@ class Checkpoints:
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
             digests = {str(file.relative_to(temporary)): _digest(file) for file in files}
             (temporary / MANIFEST).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+            if checkpoint.is_dir():
+                shutil.rmtree(checkpoint)
             temporary.rename(checkpoint)
             for old in self.list()[: -self.keep] if self.keep else ():
                 shutil.rmtree(old)

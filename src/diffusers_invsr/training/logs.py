@@ -57,12 +57,14 @@ class RunLog:
 
     Args:
         file (`Path`): The file; it is appended to.
-        iteration (`int`): Where the run goes on. Lines beyond it, left by a run that was killed, are removed.
+        iteration (`int`, *optional*):
+            Where the run goes on. Lines beyond it, left by a run that was killed, are removed; by default all are.
     """
 
-    def __init__(self, file: Path, iteration: int):
+    def __init__(self, file: Path, iteration: int | None = None):
         self.file = file
-        write_atomically(file, "".join(json.dumps(record) + "\n" for record in read_log(file, iteration)))
+        kept = [] if iteration is None else read_log(file, iteration)
+        write_atomically(file, "".join(json.dumps(record) + "\n" for record in kept))
 
     def append(self, iteration: int, values: dict[str, float]):
         # JSON has no NaN
