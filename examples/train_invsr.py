@@ -546,6 +546,7 @@ def out_of_memory_advice(data: DataSettings, run: RunSettings) -> str:
 
 def main(argv: list[str] | None = None):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of a checkpoint
     model, data, run, degradation = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         train(model, data, run, degradation)
