@@ -73,6 +73,8 @@ from diffusers_invsr.training import (
 )
 
 
+FIXED_RUN_SETTINGS = ("seed", "batch_size", "gradient_accumulation_steps", "start_timesteps")  # to resume a run
+
 logger = get_logger(__name__)
 diffusers.utils.logging.set_verbosity_error()  # it warns of every component that is not its own, in full
 transformers.utils.logging.set_verbosity_warning()
@@ -119,6 +121,7 @@ class RunSettings:
     gradient_accumulation_steps: int = setting("Batches an update is made of.", 1)
     learning_rate: float = setting("Learning rate of both networks.", 5e-5)
     warmup_iterations: int = setting("Iterations in which the predictor's learning rate rises.", 2_000)
+    start_timesteps: list[int] = setting("Starting steps to draw from, counted from 1.", list(START_TIMESTEPS))
     lpips_weight: float = setting("Weight of the latent LPIPS.", 2.0)
     adversarial_weight: float = setting("Weight of the adversarial loss; 0: no discriminator.", 0.1)
     dis_init_iterations: int = setting("Iterations before the adversarial loss joins.", 10_000)
@@ -167,6 +170,10 @@ def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSetting
     for name in ("validate_every", "checkpoint_every", "keep_checkpoints"):
         if getattr(run, name) < 1:
             parser.error(f"--{name} has to be at least 1, but is {getattr(run, name)}.")
+    if not run.start_timesteps or len(set(run.start_timesteps)) < len(run.start_timesteps):
+        parser.error(f"--start_timesteps has to name different steps, but is {run.start_timesteps}.")
+    if min(run.start_timesteps) < 1 or max(run.start_timesteps) > 1000:
+        parser.error(f"--start_timesteps have to be in 1 ... 1000, but are {run.start_timesteps}.")
     if run.lpips_weight and not model.latent_lpips:
         parser.error("--latent_lpips is needed, or `--lpips_weight 0`: see examples/train_latent_lpips.py.")
     if data.latent_cache and data.crops_per_image is None:
@@ -320,7 +327,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
 
     # 4. Data
     degradation = Degradation(degradation_settings, pipe.config.scale).to(accelerator.device)
-    pool, meter, skip_report = PairPool(data.pool_batches), StepwiseMeter(), SkipReport()
+    pool, meter, skip_report = PairPool(data.pool_batches), StepwiseMeter(run.start_timesteps), SkipReport()
     cache = LatentCache(data.latent_cache, vae_fingerprint(pipe.vae)) if data.latent_cache else None
     dataset = make_dataset(data.train_data, data.crop_size, seed=run.seed, crops_per_image=data.crops_per_image)
     validation = None
@@ -331,7 +338,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     progress = {"iteration": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
     fixed = {  # what a run cannot change half way
         "num_processes": accelerator.num_processes,
-        **{name: getattr(run, name) for name in ("seed", "batch_size", "gradient_accumulation_steps")},
+        **{name: getattr(run, name) for name in FIXED_RUN_SETTINGS},
         **{name: getattr(data, name) for name in ("train_data", "crop_size", "crops_per_image", "num_workers")},
     }
     if not hasattr(dataset, "shuffle_buffer"):
@@ -419,8 +426,8 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
                 # ξ₁ for the predictor, ξ₂ and ξ₃ for the posteriors of the LR and the HR image
                 shape = (3, len(lr), pipe.vae.config.latent_channels, *posterior.shape[-2:])
                 noise = torch.randn(shape, generator=generator).to(accelerator.device)
-                starts = torch.randint(len(START_TIMESTEPS), (len(lr),), generator=generator)
-                timesteps = (torch.tensor(START_TIMESTEPS)[starts] - 1).to(accelerator.device)
+                starts = torch.randint(len(run.start_timesteps), (len(lr),), generator=generator)
+                timesteps = (torch.tensor(run.start_timesteps)[starts] - 1).to(accelerator.device)
                 enlarged = F.interpolate(lr, scale_factor=pipe.config.scale, mode="bicubic", align_corners=False)
                 lr_latents = pipe.encode_image(enlarged, noise[1])
                 hr_latents = draw_latents(pipe.vae, posterior, noise[2])

@@ -104,6 +104,12 @@ def test_meter_splits_by_starting_step(accelerator):
     assert meter.compute(accelerator) == expected
 
 
+def test_meter_takes_other_starting_steps(accelerator):
+    meter = StepwiseMeter([400, 50])
+    meter.add("l2", torch.tensor([1.0, 3.0]), torch.tensor([399, 49]))
+    assert meter.compute(accelerator) == {"l2": 2.0, "l2/400": 1.0, "l2/50": 3.0}
+
+
 def test_log_is_cut_where_the_run_goes_on(tmp_path):
     file = tmp_path / "log.jsonl"
     file.write_text('{"iteration": 0, "left": "by a run that never saved"}\n')

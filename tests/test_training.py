@@ -358,6 +358,12 @@ def test_fine_tuning_without_a_discriminator_file(script, settings, tmp_path):
     assert 0 < max((before[name].float() - after[name]).abs().max() for name in before) < 0.1
 
 
+def test_other_starting_steps(script, settings, tmp_path):
+    script.main([settings, "--output_dir", str(tmp_path), "--start_timesteps", "400", "50"])
+    starts = {key.split("/")[1] for record in read_log(tmp_path / "log.jsonl") for key in record if key[:3] == "l2/"}
+    assert starts == {"400", "50"}
+
+
 def test_a_loss_of_weight_zero_is_not_computed(script, settings, tmp_path):
     options = ["--adversarial_weight", "0", "--lpips_weight", "0", "--latent_lpips", "nowhere"]
     script.main([settings, "--output_dir", str(tmp_path), *options])
@@ -399,6 +405,8 @@ def test_cached_latents_train_the_same(script, settings, tmp_path):
     "options, message",
     [
         (["--batch_size", "0"], "--batch_size has to be at least 1, but is 0"),
+        (["--start_timesteps", "200", "200"], "--start_timesteps has to name different steps"),
+        (["--start_timesteps", "1001"], "--start_timesteps have to be in 1 ... 1000"),
         (["--latent_cache", "x"], "--latent_cache needs --crops_per_image"),
         (["--lpips_weight", "1", "--latent_lpips", ""], "--latent_lpips is needed"),
         (["--no-such-setting", "1"], "no-such-setting"),

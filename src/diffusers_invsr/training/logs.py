@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,10 +13,15 @@ from .checkpoints import write_atomically
 
 
 class StepwiseMeter:
-    """Means of per-image losses, over all images and by starting step, since the last time they were asked for."""
+    r"""
+    Means of per-image losses, over all images and by starting step, since the last time they were asked for.
 
-    def __init__(self):
-        self.sums = {}
+    Args:
+        start_timesteps (`Sequence[int]`, *optional*): Starting steps, counted from 1; by default the published ones.
+    """
+
+    def __init__(self, start_timesteps: Sequence[int] = START_TIMESTEPS):
+        self.start_timesteps, self.sums = tuple(start_timesteps), {}
 
     def add(self, name: str, values: torch.Tensor, timesteps: torch.Tensor):
         r"""
@@ -26,9 +32,9 @@ class StepwiseMeter:
             values (`torch.Tensor`): Its value for each image, `(B,)`.
             timesteps (`torch.Tensor`): Starting steps as schedule indices, `(B,)`.
         """
-        sums = self.sums.setdefault(name, torch.zeros(len(START_TIMESTEPS), 2, dtype=torch.float64))
+        sums = self.sums.setdefault(name, torch.zeros(len(self.start_timesteps), 2, dtype=torch.float64))
         values, timesteps = values.detach().double().cpu(), timesteps.cpu()
-        for row, start in zip(sums, START_TIMESTEPS):
+        for row, start in zip(sums, self.start_timesteps):
             chosen = values[(timesteps == start - 1) & values.isfinite()]
             row += torch.tensor([chosen.sum(), len(chosen)])
 
@@ -40,7 +46,7 @@ class StepwiseMeter:
             sums = accelerator.reduce(sums.float().to(accelerator.device)).cpu().double()
             total, count = sums.sum(dim=0).tolist()
             means[name] = total / count if count else math.nan
-            means |= {f"{name}/{start}": (s / n).item() for start, (s, n) in zip(START_TIMESTEPS, sums) if n}
+            means |= {f"{name}/{start}": (s / n).item() for start, (s, n) in zip(self.start_timesteps, sums) if n}
         self.sums = {}
         return means
 
