@@ -1,0 +1,86 @@
+#!/usr/bin/env python
+"""
+Make the HR images that the embedded model is trained on: pieces of photographs, and procedural images.
+
+    python make_training_images.py --photos kodak/ --patterns 'kodim0?.png' 'kodim1[0-6].png' --output images/
+
+A photograph is cut into overlapping squares of 256 pixels, each in its four orientations (the training itself adds
+mirroring); a procedural image has 256 pixels too. So a random choice among all files gives photographs their share by
+number. `<output>/photographs` and `<output>/procedural` are what `train_invsr.py --train_data` takes.
+"""
+
+import argparse
+import tempfile
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from procedural import make_image
+
+
+SIDE = 256  # of every image in pixels
+STRIDE = 128  # between pieces of a photograph
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Make the HR images that the embedded model is trained on.")
+    parser.add_argument("--photos", type=Path, required=True, help="Folder of photographs.")
+    parser.add_argument("--patterns", nargs="+", default=["*.png", "*.jpg"], help="Patterns of files in it.")
+    parser.add_argument("--output", type=Path, required=True, help="Folder to write; it may not exist yet.")
+    parser.add_argument("--count", type=int, default=1200, help="Number of procedural images.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the procedural images.")
+    parser.add_argument("--processes", type=int, default=2, help="Processes that draw them.")
+    args = parser.parse_args(argv)
+    if args.output.exists():
+        parser.error(f"`--output {args.output}` exists already: images of two runs may not be mixed.")
+    if args.count < 0 or args.processes < 1:
+        parser.error(
+            f"`--count` has to be 0 or more and `--processes` 1 or more, but are {args.count} and {args.processes}."
+        )
+    args.files = sorted({file for pattern in args.patterns for file in args.photos.glob(pattern)})
+    if not args.files:
+        parser.error(f"`--photos {args.photos}` has no file {' or '.join(args.patterns)}.")
+    return args
+
+
+def cut_photograph(file: Path, folder: Path) -> int:
+    """Save the pieces of a photograph in four orientations; returns their number."""
+    photo = np.asarray(Image.open(file).convert("RGB"))
+    pieces = 0
+    for top in range(0, photo.shape[0] - SIDE + 1, STRIDE):
+        for left in range(0, photo.shape[1] - SIDE + 1, STRIDE):
+            for quarter in range(4):
+                piece = np.rot90(photo[top : top + SIDE, left : left + SIDE], quarter)
+                Image.fromarray(np.ascontiguousarray(piece)).save(
+                    folder / f"{file.stem}_{top:04d}_{left:04d}_{quarter}.png", compress_level=1
+                )
+                pieces += 1
+    return pieces
+
+
+def draw_procedural(job: tuple[int, int, Path]):
+    """Save one procedural image. It has its own seed, so it depends neither on the others nor on the processes."""
+    seed, number, folder = job
+    Image.fromarray(make_image(np.random.default_rng((seed, number)))).save(folder / f"{number:05d}.png")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    # The folder appears when it is complete.
+    with tempfile.TemporaryDirectory(prefix=f".{args.output.name}-", dir=args.output.parent) as temporary:
+        root = Path(temporary, "new")
+        for name in ("photographs", "procedural"):
+            (root / name).mkdir(parents=True)
+        pieces = sum(cut_photograph(file, root / "photographs") for file in args.files)
+        jobs = [(args.seed, number, root / "procedural") for number in range(args.count)]
+        with get_context("spawn").Pool(args.processes) as pool:
+            for _ in pool.imap_unordered(draw_procedural, jobs, chunksize=8):
+                pass
+        root.rename(args.output)
+    print(f"{pieces} pieces of {len(args.files)} photographs and {args.count} procedural images in {args.output}")
+
+
+if __name__ == "__main__":
+    main()
