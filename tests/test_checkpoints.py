@@ -86,6 +86,17 @@ def test_a_damaged_one_is_replaced_when_its_iteration_comes_again(checkpoints):
     assert (checkpoints.find("latest") / "state.bin").read_bytes() == b"new"
 
 
+@pytest.mark.parametrize("keep", [1, 3])
+def test_going_on_from_an_earlier_one_leaves_the_later_ones_behind(tmp_path, accelerator, keep):
+    """Otherwise the new one would count as the oldest and be removed, and `latest` would be what the run has left."""
+    checkpoints = Checkpoints(tmp_path, accelerator, keep)
+    for iteration in (80, 90, 100):
+        Checkpoints(tmp_path, accelerator).save(iteration, lambda folder: (folder / "state.bin").write_bytes(b"old"))
+    saved = checkpoints.save(85, lambda folder: (folder / "state.bin").write_bytes(b"new"))
+    assert checkpoints.find("latest") == saved and saved.name == "checkpoint-85"
+    assert names(checkpoints.list()) == ["checkpoint-80", "checkpoint-85"][-keep:]
+
+
 def test_atomic_text(tmp_path):
     write_atomically(tmp_path / "a.txt", "old")
     write_atomically(tmp_path / "a.txt", "new")

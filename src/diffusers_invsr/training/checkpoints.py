@@ -54,7 +54,7 @@ class Checkpoints:
     Args:
         folder (`Path`): The run's output folder.
         accelerator (`Accelerator`): Every process takes part in saving and gets the same answer in loading.
-        keep (`int`, *optional*): How many of the newest stay; all by default.
+        keep (`int`, *optional*): How many stay, up to the one that is saved; all by default.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, keep: int | None = None):
@@ -71,7 +71,8 @@ class Checkpoints:
 
     def save(self, iteration: int, write: Callable[[Path], None]) -> Path:
         r"""
-        Save a checkpoint and remove those that are too old.
+        Save a checkpoint, and remove those that are too old and those of later iterations: they are of a course that
+        the run has left, by going on from an earlier one.
 
         Args:
             iteration (`int`): Finished iterations.
@@ -97,8 +98,10 @@ class Checkpoints:
             if checkpoint.is_dir():
                 shutil.rmtree(checkpoint)
             temporary.rename(checkpoint)
-            for old in self.list()[: -self.keep] if self.keep else ():
-                shutil.rmtree(old)
+            checkpoints = self.list()
+            end = checkpoints.index(checkpoint) + 1
+            for other in checkpoints[end:] + (checkpoints[: max(0, end - self.keep)] if self.keep else []):
+                shutil.rmtree(other)
         self.accelerator.wait_for_everyone()
         return checkpoint
 
