@@ -25,6 +25,7 @@ import math
 import shutil
 import signal
 import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -51,6 +52,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.utils.versions import require_version
 
+import diffusers_invsr
 from diffusers_invsr import TINY, InvSRNoisePredictor, convert, load_noise_predictor
 from diffusers_invsr.hub import card_metadata
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
@@ -154,6 +156,8 @@ def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSetting
     classes = (ModelSettings, DataSettings, RunSettings, DegradationSettings)
     parser = HfArgumentParser(classes, description=__doc__.strip().splitlines()[0])
     if argv and not argv[0].startswith("-"):
+        if not Path(argv[0]).is_file():
+            parser.error(f"{argv[0]} is not a file with settings.")
         values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))
         types = {f.name: f.type for cls in classes for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(types))
@@ -162,7 +166,11 @@ def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSetting
         # YAML takes 5e-5 for a text; argparse turns texts into what the setting is
         parser.set_defaults(**values)
         argv = argv[1:]
-    model, data, run, degradation = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    model, data, run, degradation, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"there is no such setting: {' '.join(unknown)}.")
     for name in ("noise_predictor_config", "discriminator_config"):
         if isinstance(getattr(model, name), str):
             setattr(model, name, json.loads(getattr(model, name)))
@@ -337,6 +345,8 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     if run.adversarial_weight and model.discriminator is None:
         discriminator = InvSRDiscriminator(**(model.discriminator_config or {}))
     elif run.adversarial_weight:
+        if not Path(model.discriminator).is_dir():
+            raise ValueError(f"`discriminator={model.discriminator!r}` has to be a folder, but there is none.")
         discriminator = InvSRDiscriminator.from_pretrained(model.discriminator)
     networks = [noise_predictor] if discriminator is None else [noise_predictor, discriminator.train()]
     if run.gradient_checkpointing:
@@ -596,16 +606,25 @@ def out_of_memory_advice(data: DataSettings, run: RunSettings) -> str:
     )
 
 
+def is_refusal(error: Exception) -> bool:
+    """Whether an error is a sentence for the user, raised on purpose by this script or the package, and no fault."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    ours = (Path(__file__).resolve(), Path(diffusers_invsr.__file__).resolve().parent)
+    return frame.line.startswith("raise ") and any(Path(frame.filename).resolve().is_relative_to(p) for p in ours)
+
+
 def main(argv: list[str] | None = None):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of a checkpoint
-    model, data, run, degradation = parse_args(sys.argv[1:] if argv is None else argv)
     try:
+        model, data, run, degradation = parse_args(sys.argv[1:] if argv is None else argv)
         train(model, data, run, degradation)
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        raise SystemExit(out_of_memory_advice(data, run)) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        if is_refusal(error):
+            raise SystemExit(str(error)) from error
+        if should_reduce_batch_size(error):
+            raise SystemExit(out_of_memory_advice(data, run)) from error
+        raise
 
 
 if __name__ == "__main__":
