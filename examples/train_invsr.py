@@ -6,7 +6,8 @@ Train InvSR's noise predictor (section 3 of https://arxiv.org/abs/2412.09013), o
     accelerate launch examples/train_invsr.py examples/configs/sd_turbo.yaml --train_data 'LSDIR' 'FFHQ[:20000]'
 
 A YAML file with settings may come first; options on the command line win over it. `--help` lists all of them, the
-settings of the degradation included. A run that was interrupted goes on with `--resume latest`.
+settings of the degradation included. A run that was interrupted goes on with `--resume latest`. `accelerate launch`
+chooses DDP, FSDP or DeepSpeed (`--use_deepspeed --zero_stage 2`, with `pip install ".[deepspeed]"`).
 
 To fine-tune the published predictor on your own photographs (the discriminator starts anew and warms up first):
 
@@ -24,6 +25,7 @@ import math
 import shutil
 import signal
 import sys
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -34,15 +36,23 @@ import torch
 import torch.nn.functional as F
 import transformers
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    convert_outputs_to_fp32,
+    gather_object,
+    parse_flag_from_env,
+)
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.optimization import get_constant_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
+from transformers.utils.versions import require_version
 
+import diffusers_invsr
 from diffusers_invsr import TINY, InvSRNoisePredictor, convert, load_noise_predictor
 from diffusers_invsr.hub import card_metadata
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
@@ -149,6 +159,8 @@ def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSetting
     classes = (ModelSettings, DataSettings, RunSettings, DegradationSettings)
     parser = HfArgumentParser(classes, description=__doc__.strip().splitlines()[0])
     if argv and not argv[0].startswith("-"):
+        if not Path(argv[0]).is_file():
+            parser.error(f"{argv[0]} is not a file with settings.")
         values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))
         types = {f.name: f.type for cls in classes for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(types))
@@ -157,7 +169,11 @@ def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSetting
         # YAML takes 5e-5 for a text; argparse turns texts into what the setting is
         parser.set_defaults(**values)
         argv = argv[1:]
-    model, data, run, degradation = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    model, data, run, degradation, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        parser.error(f"there is no such setting: {' '.join(unknown)}.")
     for name in ("noise_predictor_config", "discriminator_config"):
         if isinstance(getattr(model, name), str):
             setattr(model, name, json.loads(getattr(model, name)))
@@ -214,11 +230,36 @@ def adam(parameters, run: RunSettings, weight_decay: float, decoupled: bool) -> 
     return getattr(torch.optim, name)(parameters, lr=run.learning_rate, weight_decay=weight_decay)
 
 
+def configure_deepspeed(config: dict, run: RunSettings):
+    """
+    Put this script's settings into DeepSpeed's configuration, in place.
+
+    Raises:
+        ValueError: If the configuration asks for what would not train the same as without DeepSpeed.
+    """
+    stage = config["zero_optimization"].get("stage", 0)
+    if stage not in (1, 2):
+        raise ValueError(
+            f"DeepSpeed's ZeRO stage is {stage}, and has to be 1 or 2: stage 0 is DDP, stage 3 is for larger networks."
+        )
+    if config["fp16"]["enabled"]:
+        raise ValueError("`mixed_precision='fp16'` is not possible with DeepSpeed: use `bf16`, DDP or FSDP.")
+    config |= {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": run.batch_size,
+        "gradient_accumulation_steps": run.gradient_accumulation_steps,
+        "gradient_clipping": run.max_grad_norm or 0.0,
+        "bf16": {"enabled": False},  # autocast as elsewhere; the weights, and so their average, stay in float32
+        "zero_force_ds_cpu_optimizer": False,  # the learning rate's schedule holds on to the optimizer of PyTorch
+    }
+
+
 def descend(accelerator: Accelerator, model, optimizer, max_grad_norm: float | None) -> float:
     """One update, skipped if a gradient is not finite. Returns the gradients' norm, the same in all processes."""
     norm = accelerator.clip_grad_norm_(model.parameters(), math.inf if max_grad_norm is None else max_grad_norm)
-    norm = norm.item()
-    # The gradient scaler of float16 skips by itself, and has to see the step to lower its scale.
+    norm = float(norm)
+    # The gradient scaler of float16 skips by itself, and has to see the step to lower its scale. With DeepSpeed,
+    # `backward` has done all of this already, skipping included: only the norm is still to be had.
     if math.isfinite(norm) or accelerator.scaler is not None:
         optimizer.step()
     optimizer.zero_grad()
@@ -255,15 +296,24 @@ def describe(model: ModelSettings, data: DataSettings, run: RunSettings, degrada
 def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradation_settings: DegradationSettings):
     # 1. Accelerator
     output = Path(run.output_dir)
+    # A plugin rather than a number: `accelerate launch --use_deepspeed` would put its own in the place of that
+    accumulation = GradientAccumulationPlugin(num_steps=run.gradient_accumulation_steps)
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not torch.accelerator.is_available():
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))  # accelerate chooses none for DeepSpeed on CPUs
     accelerator = Accelerator(
-        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        gradient_accumulation_plugin=accumulation,
         mixed_precision=run.mixed_precision,
         log_with=None if run.report_to == "none" else run.report_to,
         project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(output / "logs")),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=handlers,
     )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed takes one network with one optimizer, and here are two: launch with DDP or FSDP.")
+    precision, dis_accelerator = accelerator.mixed_precision, accelerator
+    deepspeed = accelerator.state.deepspeed_plugin
+    if deepspeed is not None:
+        require_version("deepspeed>=0.19.8", "Before, an update that was not finite was made all the same.")
+        configure_deepspeed(deepspeed.deepspeed_config, run)
+        dis_accelerator = Accelerator(gradient_accumulation_plugin=accumulation)  # one for each network
     checkpoints = Checkpoints(output, accelerator, run.keep_checkpoints)
     if run.resume is None and checkpoints.list():
         raise ValueError(
@@ -274,7 +324,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     torch.manual_seed(run.seed)
 
     # 2. Frozen models, in half precision where the training is
-    frozen_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    frozen_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     if model.noise_predictor is None:
         noise_predictor = InvSRNoisePredictor(**(model.noise_predictor_config or {}))
     else:
@@ -302,17 +352,24 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     if run.adversarial_weight and model.discriminator is None:
         discriminator = InvSRDiscriminator(**(model.discriminator_config or {}))
     elif run.adversarial_weight:
+        if not Path(model.discriminator).is_dir():
+            raise ValueError(f"`discriminator={model.discriminator!r}` has to be a folder, but there is none.")
         discriminator = InvSRDiscriminator.from_pretrained(model.discriminator)
     networks = [noise_predictor] if discriminator is None else [noise_predictor, discriminator.train()]
     if run.gradient_checkpointing:
         for network in (pipe.unet, *networks):
             network.enable_gradient_checkpointing()
     if run.channels_last:
-        for network in (pipe.unet, pipe.vae, *networks):
+        # DeepSpeed arranges the weights that it trains by itself
+        for network in (pipe.unet, pipe.vae, *(networks if deepspeed is None else ())):
             network.to(memory_format=torch.channels_last)
     if run.compile:
         for network in (pipe.unet, pipe.vae.encoder, *networks):
             network.compile()
+    if deepspeed is not None and frozen_dtype != torch.float32:
+        for network in networks:  # which accelerate does in all other cases
+            autocast = torch.autocast(accelerator.device.type, frozen_dtype)
+            network.forward = convert_outputs_to_fp32(autocast(network.forward))
     optimizer = adam(noise_predictor.parameters(), run, weight_decay=0.0, decoupled=True)
     lr_scheduler = get_constant_schedule_with_warmup(optimizer, run.warmup_iterations)
     ema = EMAModel(noise_predictor.parameters(), decay=run.ema_decay)
@@ -321,7 +378,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     networks = [noise_predictor]
     if discriminator is not None:
         dis_optimizer = adam(discriminator.parameters(), run, run.discriminator_weight_decay, decoupled=False)
-        discriminator, dis_optimizer = accelerator.prepare(discriminator, dis_optimizer)
+        discriminator, dis_optimizer = dis_accelerator.prepare(discriminator, dis_optimizer)
         networks.append(discriminator)
     accelerator.register_for_checkpointing(ema, lr_scheduler)
 
@@ -338,6 +395,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     progress = {"iteration": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
     fixed = {  # what a run cannot change half way
         "num_processes": accelerator.num_processes,
+        "zero_stage": None if deepspeed is None else deepspeed.zero_stage,
         **{name: getattr(run, name) for name in FIXED_RUN_SETTINGS},
         **{name: getattr(data, name) for name in ("train_data", "crop_size", "crops_per_image", "num_workers")},
     }
@@ -346,6 +404,8 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
 
     def write_checkpoint(folder: Path):
         accelerator.save_state(str(folder))
+        if dis_accelerator is not accelerator:
+            dis_accelerator.save_state(str(folder / "discriminator"))
         state = {"pool": pool.state_dict(), "meter": meter.state_dict(), "skip_report": skip_report.state_dict()}
         torch.save(state, folder / f"process_{accelerator.process_index}.pt")
         if accelerator.is_main_process:
@@ -357,6 +417,8 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
         for name, value in stored["fixed"].items():
             if fixed.get(name) != value:
                 raise ValueError(f"`{name}={fixed.get(name)!r}` contradicts the run to resume, where it is {value!r}.")
+        if dis_accelerator is not accelerator:
+            dis_accelerator.load_state(str(checkpoint / "discriminator"))
         accelerator.load_state(str(checkpoint))
         state = torch.load(checkpoint / f"process_{accelerator.process_index}.pt", weights_only=True)
         pool.load_state_dict(state["pool"])
@@ -464,10 +526,10 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
                 ).logits
                 real, fake = zip(*(output.chunk(2) for output in logits))
                 losses["discriminator"] = hinge_discriminator(real, fake)
-                accelerator.backward(losses["discriminator"].mean())
+                dis_accelerator.backward(losses["discriminator"].mean())
                 if accelerator.sync_gradients:
                     norms["discriminator_grad_norm"] = descend(
-                        accelerator, discriminator, dis_optimizer, run.max_grad_norm
+                        dis_accelerator, discriminator, dis_optimizer, run.max_grad_norm
                     )
             for name, values in losses.items():
                 meter.add(name, values, timesteps)
@@ -551,16 +613,25 @@ def out_of_memory_advice(data: DataSettings, run: RunSettings) -> str:
     )
 
 
+def is_refusal(error: Exception) -> bool:
+    """Whether an error is a sentence for the user, raised on purpose by this script or the package, and no fault."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    ours = (Path(__file__).resolve(), Path(diffusers_invsr.__file__).resolve().parent)
+    return frame.line.startswith("raise ") and any(Path(frame.filename).resolve().is_relative_to(p) for p in ours)
+
+
 def main(argv: list[str] | None = None):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of a checkpoint
-    model, data, run, degradation = parse_args(sys.argv[1:] if argv is None else argv)
     try:
+        model, data, run, degradation = parse_args(sys.argv[1:] if argv is None else argv)
         train(model, data, run, degradation)
-    except RuntimeError as error:
-        if not should_reduce_batch_size(error):
-            raise
-        raise SystemExit(out_of_memory_advice(data, run)) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        if is_refusal(error):
+            raise SystemExit(str(error)) from error
+        if should_reduce_batch_size(error):
+            raise SystemExit(out_of_memory_advice(data, run)) from error
+        raise
 
 
 if __name__ == "__main__":
