@@ -29,6 +29,7 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from uuid import uuid4
 
 import diffusers
 import numpy as np
@@ -39,6 +40,7 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.utils import (
+    DistributedType,
     GradientAccumulationPlugin,
     ProjectConfiguration,
     convert_outputs_to_fp32,
@@ -161,7 +163,12 @@ def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSetting
     if argv and not argv[0].startswith("-"):
         if not Path(argv[0]).is_file():
             parser.error(f"{argv[0]} is not a file with settings.")
-        values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))
+        try:
+            values = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            parser.error(f"{argv[0]} cannot be read as a YAML file of settings: {error}.")
+        if not isinstance(values, dict):
+            parser.error(f"{argv[0]} has to hold settings, `name: value`, but does not.")
         types = {f.name: f.type for cls in classes for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(types))
         if unknown:
@@ -176,8 +183,13 @@ def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSetting
         parser.error(f"there is no such setting: {' '.join(unknown)}.")
     for name in ("noise_predictor_config", "discriminator_config"):
         if isinstance(getattr(model, name), str):
-            setattr(model, name, json.loads(getattr(model, name)))
+            try:
+                setattr(model, name, json.loads(getattr(model, name)))
+            except ValueError:
+                parser.error(f"--{name} has to be JSON, but is {getattr(model, name)!r}.")
 
+    if isinstance(data.train_data, str):  # one source in the file
+        data.train_data = [data.train_data]
     if not data.train_data:
         parser.error("--train_data has to name at least one source of images.")
     for name in ("max_iterations", "batch_size", "gradient_accumulation_steps", "max_skipped_steps", "log_every"):
@@ -286,9 +298,11 @@ def describe(model: ModelSettings, data: DataSettings, run: RunSettings, degrada
     lines = ["| setting | value |", "| --- | --- |", *(f"| {key} | `{value}` |" for key, value in settings.items())]
     validations = [record for record in log if any(key.startswith("psnr_y/") for key in record)]
     if validations:
-        names = [key for key in validations[-1] if key != "iteration"]
+        first, last = validations[0], validations[-1]
+        # LPIPS is missing where a part of the run had no network; a value that was not finite is None
+        names = [key for key in first if key != "iteration" and None not in (first[key], last.get(key))]
         lines += ["", f"| iteration | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
-        for record in (validations[0], validations[-1]):
+        for record in (first, last):
             lines.append(f"| {record['iteration']} | {' | '.join(f'{record[name]:.4f}' for name in names)} |")
     return "\n".join(lines)
 
@@ -308,6 +322,13 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
         project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(output / "logs")),
         kwargs_handlers=handlers,
     )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError("FSDP 1 hides the weights that the moving average needs: launch with `--fsdp_version 2`.")
+    if accelerator.scaler is not None and run.gradient_accumulation_steps > 1 and run.adversarial_weight:
+        raise ValueError(
+            "`mixed_precision='fp16'` with `gradient_accumulation_steps` above 1 would scale the discriminator's"
+            " gradients wrongly, because accelerate unscales those of all networks at once: use 'bf16'."
+        )
     precision, dis_accelerator = accelerator.mixed_precision, accelerator
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None:
@@ -345,7 +366,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     prompt_embeds, _ = pipe.encode_prompt(do_classifier_free_guidance=False)
     latent_lpips = None
     if run.lpips_weight:
-        latent_lpips = load_latent_lpips(model.latent_lpips).to(accelerator.device)
+        latent_lpips = load_latent_lpips(model.latent_lpips).to(accelerator.device, frozen_dtype)
 
     # 3. Trained models
     discriminator = None
@@ -392,7 +413,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
         validation = ValidationSet(list_files(data.validation_data), data.crop_size, pipe.config.scale, run.seed)
 
     # 5. Where the run stands
-    progress = {"iteration": 0, "skipped_steps": 0, "skipped_in_a_row": 0}
+    progress = {"iteration": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "tracker_id": uuid4().hex}
     fixed = {  # what a run cannot change half way
         "num_processes": accelerator.num_processes,
         "zero_stage": None if deepspeed is None else deepspeed.zero_stage,
@@ -417,9 +438,21 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
         for name, value in stored["fixed"].items():
             if fixed.get(name) != value:
                 raise ValueError(f"`{name}={fixed.get(name)!r}` contradicts the run to resume, where it is {value!r}.")
+        if stored["progress"]["iteration"] > run.max_iterations:
+            raise ValueError(
+                f"`max_iterations={run.max_iterations}` has to be at least {stored['progress']['iteration']}, the"
+                " iterations that the run to resume has behind it."
+            )
         if dis_accelerator is not accelerator:
             dis_accelerator.load_state(str(checkpoint / "discriminator"))
         accelerator.load_state(str(checkpoint))
+        ema.to(accelerator.device)  # accelerate reads it to the CPU
+        # What is asked for now counts, not what the states remember
+        ema.decay, lr_scheduler.base_lrs = run.ema_decay, [run.learning_rate]
+        rate = run.learning_rate * lr_scheduler.lr_lambdas[0](lr_scheduler.last_epoch)
+        optimizer.param_groups[0]["lr"] = rate
+        if discriminator is not None:
+            dis_optimizer.param_groups[0] |= {"lr": run.learning_rate, "weight_decay": run.discriminator_weight_decay}
         state = torch.load(checkpoint / f"process_{accelerator.process_index}.pt", weights_only=True)
         pool.load_state_dict(state["pool"])
         meter.load_state_dict(state["meter"])
@@ -439,7 +472,8 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     )
     if run.report_to != "none":
         # A resumed run leaves no second curve beside the first
-        start = {"tensorboard": {"purge_step": progress["iteration"] + 1}, "wandb": {"resume": "allow", "dir": output}}
+        wandb = {"id": progress["tracker_id"], "resume": "allow", "dir": output}
+        start = {"tensorboard": {"purge_step": progress["iteration"] + 1}, "wandb": wandb}
         accelerator.init_trackers("invsr", init_kwargs=start)
     if accelerator.is_main_process:
         run_log = RunLog(output / "log.jsonl", None if checkpoint is None else progress["iteration"])
@@ -544,12 +578,12 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
         finite = all(math.isfinite(norm) for norm in norms.values())
         progress["skipped_in_a_row"] = 0 if finite else progress["skipped_in_a_row"] + 1
         progress["skipped_steps"] += not finite
-        if progress["iteration"] % run.log_every == 0:
+        finished = progress["iteration"] == run.max_iterations
+        if progress["iteration"] % run.log_every == 0 or finished:
             values = meter.compute(accelerator) | norms | {"learning_rate": lr_scheduler.get_last_lr()[0]}
             values |= {"skipped_steps": progress["skipped_steps"], "skipped_images": len(skip_report)}
             log(values)
             bar.set_postfix({name: f"{values[name]:.4f}" for name in losses})
-        finished = progress["iteration"] == run.max_iterations
         if progress["iteration"] % run.validate_every == 0 or finished:
             validate()
         diverged = progress["skipped_in_a_row"] >= run.max_skipped_steps

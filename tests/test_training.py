@@ -228,6 +228,29 @@ def test_a_damaged_checkpoint_falls_back(settings, uninterrupted, tmp_path):
     assert_same_end(uninterrupted, output)
 
 
+def test_a_resumed_run_takes_the_settings_it_is_given(script, settings, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted, output)
+    with pytest.raises(SystemExit, match="`max_iterations=5` has to be at least 6, the iterations that the run"):
+        script.main([settings, "--output_dir", str(output), "--resume", "latest", "--max_iterations", "5"])
+    options = ["--max_iterations", "7", "--learning_rate", "1e-9", "--ema_decay", "0"]
+    script.main([settings, "--output_dir", str(output), "--resume", "latest", *options])
+    assert read_log(output / "log.jsonl")[-1]["learning_rate"] == 1e-9
+    for name in ("model.safetensors", "model_1.safetensors"):
+        before, after = (load_file(output / f"checkpoint-{iteration}" / name) for iteration in (6, 7))
+        assert all((after[key] - value).abs().max() < 1e-7 for key, value in before.items())
+    average = load_file(output / "pipeline" / "noise_predictor" / "diffusion_pytorch_model.safetensors")
+    last = load_file(output / "checkpoint-7" / "model.safetensors")
+    assert all(torch.allclose(value, last[key], rtol=0, atol=1e-6) for key, value in average.items())
+
+
+@pytest.mark.parametrize("last", [{"psnr_y/1_step": 24.0, "lpips/1_step": 0.3}, {"psnr_y/1_step": 24.0}])
+def test_the_card_tells_what_both_validations_measured(script, settings, last):
+    first = {"iteration": 0, "psnr_y/1_step": 23.0, "psnr_y/3_steps": None}
+    text = script.describe(*script.parse_args([settings]), [first, {"iteration": 6, **last}])
+    assert "| iteration | psnr_y/1_step |" in text and "| 6 | 24.0000 |" in text
+
+
 def test_ctrl_c_saves_and_goes_on_later(settings, uninterrupted, tmp_path):
     output = tmp_path / "run"
     process = start(settings, output, "--checkpoint_every", "100")
@@ -431,11 +454,27 @@ def test_eight_bits_need_bitsandbytes(script, settings, tmp_path):
         script.main([settings, "--output_dir", str(tmp_path), "--use_8bit_adam"])
 
 
-def test_an_unknown_setting_in_the_file_is_refused(script, tmp_path, capsys):
-    (tmp_path / "a.yaml").write_text("learning_rat: 1.0e-4\n")
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning_rat: 1.0e-4", "has settings that do not exist: learning_rat"),
+        ("", "has to hold settings, `name: value`, but does not"),
+        ("{", "cannot be read as a YAML file of settings"),
+        (None, "is not a file with settings"),
+        ("{train_data: photos, noise_predictor_config: '{'}", "--noise_predictor_config has to be JSON, but is '{'"),
+    ],
+)
+def test_a_wrong_file_of_settings_is_refused(script, tmp_path, capsys, text, message):
+    if text is not None:
+        (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(SystemExit):
         script.main([str(tmp_path / "a.yaml")])
-    assert "has settings that do not exist: learning_rat" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_one_source_in_the_file_needs_no_list(script, tmp_path):
+    (tmp_path / "a.yaml").write_text("{train_data: photos, lpips_weight: 0}")
+    assert script.parse_args([str(tmp_path / "a.yaml")])[1].train_data == ["photos"]
 
 
 def test_an_output_folder_with_checkpoints_is_not_overwritten(script, settings, uninterrupted):
