@@ -15,6 +15,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from ..checks import is_integer
 from ..files import write_atomically
@@ -49,6 +50,7 @@ def degrade_folder(
     scale: int = 4,
     seed: int = 0,
     overwrite: bool = False,
+    progress: bool = False,
     on_image: Callable[[Path, str | None], None] | None = None,
 ) -> dict[str, dict]:
     r"""
@@ -68,6 +70,7 @@ def degrade_folder(
         scale (`int`, defaults to 4): HR size over LR size.
         seed (`int`, defaults to 0): Seed of the set.
         overwrite (`bool`, defaults to `False`): Whether to replace the set that `out` holds.
+        progress (`bool`, defaults to `False`): Whether to show a progress bar.
         on_image (`Callable`, *optional*): Called with each HR file when it is done; also with what was wrong with it
             where it had to be left out.
 
@@ -102,7 +105,8 @@ def degrade_folder(
     images = {}
     work.mkdir(parents=True)
     try:
-        for source, target in plan_outputs(sources, work, "png").items():
+        targets = plan_outputs(sources, work, "png").items()
+        for source, target in tqdm(targets, unit="image", disable=None if progress else True):
             name = target.relative_to(work)
             try:
                 image = crop_middle(read_rgb(source), size, scale, degradation.min_size)
