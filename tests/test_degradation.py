@@ -262,15 +262,16 @@ def test_without_generator_the_global_seed_decides(photos):
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [2, 4])
 @pytest.mark.parametrize("batch, height, width", [(1, 128, 160), (5, 96, 72)])
-def test_lr_is_on_the_8_bit_grid(batch, height, width, scale):
+def test_lr_is_on_the_8_bit_grid(batch, height, width, scale, dtype):
     degradation = Degradation(scale=scale)
-    hr = torch.rand(batch, 3, height, width, generator=seeded(0))
-    for seed in range(10):
+    hr = torch.rand(batch, 3, height, width, generator=seeded(0), dtype=dtype)
+    for seed in range(5):
         lr = degradation(hr, seeded(seed))
         assert lr.shape == (batch, 3, height // scale, width // scale)
-        assert lr.dtype == torch.float32 and not lr.requires_grad
+        assert lr.dtype == dtype and not lr.requires_grad
         assert torch.equal((255 * lr).round() / 255, lr) and lr.min() >= 0 and lr.max() <= 1
 
 
@@ -533,7 +534,7 @@ def test_refuses_wrong_settings(name, value):
     "hr, message",
     [
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "torch.uint8"),
-        (torch.zeros(1, 3, 64, 64, dtype=torch.float64), "torch.float64"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.float16), "torch.float16"),
         (np.zeros((1, 3, 64, 64), dtype=np.float32), "float32"),
         (torch.zeros(3, 64, 64), r"\(3, 64, 64\)"),
         (torch.zeros(1, 1, 64, 64), r"\(1, 1, 64, 64\)"),

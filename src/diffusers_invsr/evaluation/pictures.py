@@ -41,13 +41,9 @@ def choose_crops(image: Image.Image, count: int = len(CROP_COLORS)) -> list[tupl
     total = np.pad(energy, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
     sums = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
     step = max(side // 4, 1)
-    places = [
-        (-round(sums[top, left], 3), top, left)
-        for top, left in np.ndindex(sums.shape)
-        if not (top % step or left % step)
-    ]
+    corners = [(top, left) for top in range(0, sums.shape[0], step) for left in range(0, sums.shape[1], step)]
     boxes = []
-    for _, top, left in sorted(places):
+    for top, left in sorted(corners, key=lambda corner: (-round(sums[corner], 3), corner)):
         if len(boxes) < count and all(abs(top - other[1]) >= side or abs(left - other[0]) >= side for other in boxes):
             boxes.append((left, top, left + side, top + side))
     return boxes
@@ -64,9 +60,8 @@ def sheet(images: dict[str, Image.Image], boxes: Sequence[tuple[int, int, int, i
     width, height = next(iter(images.values())).size
     shown = (COLUMN, max(round(height * COLUMN / width), 1))
     rows = [shown[1], *([COLUMN] * len(boxes))]
-    sheet = Image.new(
-        "RGB", (len(images) * (COLUMN + GAP) - GAP, LABEL_HEIGHT + sum(row + GAP for row in rows) - GAP), "white"
-    )
+    size = (len(images) * (COLUMN + GAP) - GAP, LABEL_HEIGHT + sum(row + GAP for row in rows) - GAP)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for number, (name, image) in enumerate(images.items()):
         left, top = number * (COLUMN + GAP), LABEL_HEIGHT

@@ -21,7 +21,7 @@ class Records:
 
     Attributes:
         values (`dict[str, dict[str, float]]`): Values by image and metric.
-        digests (`dict[str, dict[str, str]]`): SHA-256 of the files that they were measured with, by image and argument.
+        digests (`dict[str, dict[str, str]]`): SHA-256 of the files that were measured, by image and argument.
     """
 
     def __init__(self, folder: Path):
