@@ -4,7 +4,7 @@
 
 Sets are looked for in `sets/ImageNet-Test`, `sets/RealSR` and `sets/RealSet80`, each with the folders `lq` and, where
 there are HR images, `gt`; one that is not there is left out. `reproduce_paper.md` says where to get them. Needs
-`pip install ".[metrics]"` and, for the published weights, network. The same command again goes on where it was stopped.
+`pip install ".[metrics]"` and, for the published weights, network. Stopped, it goes on when given again.
 """
 
 import argparse

@@ -106,7 +106,7 @@ def test_numbers(folder, pipe):
 def test_tables(folder, pipe):
     evaluation = evaluate_fast(pipe)
     tables = json.loads(Path("out/results.json").read_text())
-    rows = list(csv.DictReader(Path("out/results.csv").open()))
+    rows = list(csv.DictReader(Path("out/results.csv").read_text().splitlines()))
     text = Path("out/results.md").read_text()
     assert [row["image"] for row in rows] == [*NAMES, "mean"] * 2
     for measured in evaluation.runs:
@@ -361,7 +361,7 @@ def test_weights_that_cannot_be_had_are_no_number(folder, pipe, no_network):
     assert "weights could not be fetched" in table["runs"]["200"]["reasons"]["lpips"]
     assert all(values["lpips"] is None for values in table["runs"]["200"]["images"].values())
     assert "| n/a [1] |" in Path("out/results.md").read_text()
-    rows = list(csv.DictReader(Path("out/results.csv").open()))
+    rows = list(csv.DictReader(Path("out/results.csv").read_text().splitlines()))
     assert all(row["lpips"] == "" and row["psnr_y"] for row in rows)
 
 

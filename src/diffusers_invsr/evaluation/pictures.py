@@ -10,7 +10,7 @@ from ..image_files import save_image
 from ..metrics import luma
 from .evaluate import BICUBIC, result_file
 from .pairs import match_by_name, read_rgb
-from .report import Evaluation
+from .report import Evaluation, Run
 
 
 SHEETS_FOLDER, PLOT_FILE = "grids", "psnr.png"
@@ -94,8 +94,8 @@ def save_sheets(evaluation: Evaluation, out: Path) -> list[Path]:
     saved = []
     for name in dict.fromkeys(name for run in evaluation.runs for name in run.images):
         files = pairs[name]
-        runs = [run.name for run in evaluation.runs if name in run.images and run.name != BICUBIC]
-        results = {run: read_rgb(result_file(run, name, files, out)) for run in runs}
+        runs = [run for run in evaluation.runs if name in run.images and run.name != BICUBIC]
+        results = {_label(run): read_rgb(result_file(run.name, name, files, out)) for run in runs}
         hr = {"HR": read_rgb(files["gt"])} if "gt" in files else {}
         large = [*hr.values(), *results.values()]
         if not large:
@@ -108,6 +108,10 @@ def save_sheets(evaluation: Evaluation, out: Path) -> list[Path]:
         save_image(picture, file, picture)
         saved.append(file)
     return saved
+
+
+def _label(run: Run) -> str:
+    return f"{run.name} ({len(run.timesteps)} step{'s' * (len(run.timesteps) > 1)})" if run.timesteps else run.name
 
 
 def save_plot(evaluation: Evaluation, out: Path) -> Path | None:
