@@ -158,6 +158,16 @@ def test_only_a_test_set_is_replaced(folder):
     assert {path.name for path in folder.iterdir()} == {"hr", "set"}
 
 
+@pytest.mark.slow
+def test_package_that_is_missing(folder):
+    program = "import sys; sys.modules['kornia'] = None; from diffusers_invsr.cli import main; main()"
+    command = [sys.executable, "-c", program, "degrade", "hr", "-o", "set", "--size", str(SIZE)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.startswith("Error: ") and "pip install 'diffusers-invsr[evaluation]'" in process.stderr
+    assert process.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "arguments, word",
     [

@@ -365,6 +365,17 @@ def test_weights_that_cannot_be_had_are_no_number(folder, pipe, no_network):
     assert all(row["lpips"] == "" and row["psnr_y"] for row in rows)
 
 
+def test_package_that_is_missing(folder, pipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    evaluation = evaluate_fast(pipe, limit=1)
+    assert set(evaluation.runs[1].images["a"]) == {"psnr_y", "gradient_ratio"}
+    assert "pip install 'diffusers-invsr[evaluation]'" in evaluation.unavailable["ssim_y"]
+    output = run("--model", "tiny", "--lq", "lq", "--gt", "gt", "-o", "new", "--grid", status=1)
+    assert output.startswith("Error: --grid needs matplotlib") and output.count("\n") == 1
+    assert not Path("new").exists()
+
+
 def test_pyiqa_is_not_installed():
     try:
         import pyiqa  # noqa: F401

@@ -142,7 +142,13 @@ def evaluate(
 
     from .evaluation import METRICS, Sampling, save_plot, save_sheets
     from .evaluation import evaluate as run_evaluation
+    from .evaluation.pairs import match_by_name
 
+    try:
+        folders = {"lq": lq, "gt": gt, "results": results}
+        match_by_name({argument: folder for argument, folder in folders.items() if folder is not None})
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     names = [name for text in metric or [] for name in text.split(",")]
     names = list(METRICS) if "all" in names else names or None
 

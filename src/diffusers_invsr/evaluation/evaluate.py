@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 BICUBIC, RESULTS = "bicubic", "results"
 MAX_SEED = 2**63 - 1
+INCEPTION_FEATURES = 2048  # of FID
 
 
 @dataclass
@@ -300,5 +301,10 @@ def _measure_set(source: _Source, pairs: dict[str, dict[str, Path]], suite: Metr
             results = [result_file(source.run.name, name, pairs[name], out) for name in names]
             try:
                 source.run.of_set[metric] = suite.of_set(metric, results, [pairs[name]["gt"] for name in names])
+                if len(names) < INCEPTION_FEATURES:
+                    source.run.reasons[None, metric] = (
+                        f"over {len(names)} images: with fewer than {INCEPTION_FEATURES}, only values over the same"
+                        " images can be compared"
+                    )
             except MetricUnavailable as error:
                 source.run.reasons[None, metric] = str(error)
