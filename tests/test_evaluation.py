@@ -28,6 +28,7 @@ from diffusers_invsr.metrics import gradient_ratio, psnr_y, ssim_y
 pytest.importorskip("skimage")
 NAMES = ("a", "b", "deep/c")
 FAST = ("psnr_y", "ssim_y", "gradient_ratio")
+UNTILED = ("--tile-size", "none")  # a tile would be many times as large as these images
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,19 +81,20 @@ def run(*arguments, status: int = 0) -> str:
     return result.output
 
 
-def evaluate_fast(pipe, out="out", **settings):
-    return evaluate(out, "lq", "gt", pipe, **{"metrics": FAST, **settings})
+def evaluate_fast(pipe, out="out", gt="gt", **settings):
+    return evaluate(out, "lq", gt, pipe, **{"metrics": FAST, "sampling": Sampling(tile_size=None), **settings})
 
 
 def test_numbers(folder, pipe):
-    evaluation = evaluate_fast(pipe, schedules=[[200, 100], [200], [200, 100]], sampling=Sampling(seed=5))
+    evaluation = evaluate_fast(pipe, schedules=[[200, 100], [200], [200, 100]], sampling=Sampling(5, tile_size=None))
     assert [run.name for run in evaluation.runs] == ["bicubic", "200", "200-100"]
     for name in NAMES:
         lr, hr = Image.open(f"lq/{name}.png"), pixels(next(Path("gt").glob(f"{name}.*")))
         results = {"bicubic": lr.resize((64, 48), Image.Resampling.BICUBIC)}
         for schedule in ("200", "200-100"):
             steps = [int(step) for step in schedule.split("-")]
-            results[schedule] = pipe(lr, timesteps=steps, generator=torch.Generator().manual_seed(5)).images[0]
+            generator = torch.Generator().manual_seed(5)
+            results[schedule] = pipe(lr, timesteps=steps, tile_size=None, generator=generator).images[0]
         for measured in evaluation.runs:
             result = np.array(results[measured.name])
             assert np.array_equal(pixels(f"out/{measured.name}/images/{name}.png"), result)
@@ -177,7 +179,7 @@ def test_killed_command(folder, pipe):
         save(make_image(number), "gt", f"more/{number}")
         save(make_image(number).resize((16, 12)), "lq", f"more/{number}")
     program = "from diffusers_invsr.cli import main; main()"
-    options = ["--metric", "psnr_y", "--steps", "5"]
+    options = ["--metric", "psnr_y", "--steps", "5", *UNTILED]
     arguments = ["evaluate", "--model", "tiny", "--lq", "lq", "--gt", "gt", "-o", "out", *options]
     process = subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
@@ -195,7 +197,7 @@ def test_killed_command(folder, pipe):
     times = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.png")}
     assert run(*arguments[1:]).count("250-200-150-100-50 more/") == 40
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    again = evaluate("again", "lq", "gt", pipe, schedules=[[250, 200, 150, 100, 50]], metrics=["psnr_y"])
+    again = evaluate_fast(pipe, "again", schedules=[[250, 200, 150, 100, 50]], metrics=["psnr_y"])
     table = json.loads(Path("out/results.json").read_text())["runs"]["250-200-150-100-50"]
     assert table["images"] == again.runs[1].images
 
@@ -212,9 +214,9 @@ def test_metrics_and_schedules_can_be_added(folder, pipe):
 @pytest.mark.parametrize(
     "settings, word",
     [
-        ({"sampling": Sampling(seed=1)}, "`seed`"),
-        ({"sampling": Sampling(color_fix="wavelet")}, "`color_fix`"),
-        ({"sampling": Sampling(tile_size=None)}, "`tile_size`"),
+        ({"sampling": Sampling(seed=1, tile_size=None)}, "`seed`"),
+        ({"sampling": Sampling(color_fix="wavelet", tile_size=None)}, "`color_fix`"),
+        ({"sampling": Sampling(tile_size=16)}, "`tile_size`"),
         ({"crop_border": 2}, "`crop_border`"),
     ],
 )
@@ -281,21 +283,22 @@ def test_size_that_is_not_the_scale_times_the_lr_image(folder, pipe):
         evaluate_fast(pipe)
     for name in NAMES:
         save(Image.open(f"lq/{name}.png").resize((32, 24)), "lq", name)
-    assert len(evaluate_fast(pipe, sampling=Sampling(scale=2)).runs[1].images) == 3
+    assert len(evaluate_fast(pipe, sampling=Sampling(scale=2, tile_size=None)).runs[1].images) == 3
 
 
 def test_damaged_image_is_reported_and_the_rest_goes_on(folder, pipe):
     Path("lq/b.png").write_bytes(Path("lq/b.png").read_bytes()[:80])
-    output = run("--model", "tiny", "--lq", "lq", "--gt", "gt", "-o", "out", "--metric", "psnr_y", status=1)
+    command = ["--model", "tiny", "--lq", "lq", "--gt", "gt", "-o", "out", "--metric", "psnr_y", *UNTILED]
+    output = run(*command, status=1)
     assert "200 b: " in output and "| 200 | 2 | " in output
     failed = json.loads(Path("out/results.json").read_text())["failed"]
     assert [(entry["run"], entry["image"]) for entry in failed] == [("bicubic", "b"), ("200", "b")]
     save(make_image(1).resize((16, 12)), "lq", "b")
-    assert "| 200 | 3 | " in run("--model", "tiny", "--lq", "lq", "--gt", "gt", "-o", "out", "--metric", "psnr_y")
+    assert "| 200 | 3 | " in run(*command)
 
 
 def test_sweep_on_the_command_line(folder):
-    model = ["--model", "tiny", "--lq", "lq", "--gt", "gt", "--metric", "psnr_y,ssim_y", "--limit", 1]
+    model = ["--model", "tiny", "--lq", "lq", "--gt", "gt", "--metric", "psnr_y,ssim_y", "--limit", 1, *UNTILED]
     starts = ["--steps", 1, "--steps", 2, "--start-timestep", 150, "--start-timestep", 100]
     output = run(*model, "-o", "out", *starts, "--timesteps", "250,150,50")
     table = [line.split(" | ")[0].strip("| ") for line in output.splitlines() if line.startswith("| ")]
@@ -326,14 +329,14 @@ def test_wrong_usage(folder, arguments, word):
 
 
 def test_metrics_that_need_hr_images(folder, pipe):
-    evaluate("out", "lq", pipe=pipe, metrics=FAST)
+    evaluate_fast(pipe, gt=None)
     table = json.loads(Path("out/results.json").read_text())
     assert list(table["runs"]) == ["200"]
     assert table["runs"]["200"]["mean"] == dict.fromkeys(FAST)
     assert table["metrics"]["psnr_y"]["unavailable"] == "needs `gt`"
     text = Path("out/results.md").read_text()
     assert "| 200 | 3 | n/a [1] | n/a [1] | n/a [1] |" in text and "[1] needs `gt`" in text
-    assert len(evaluate("out", "lq", "gt", pipe, metrics=FAST).runs[1].images["a"]) == 3
+    assert len(evaluate_fast(pipe).runs[1].images["a"]) == 3
 
 
 def test_image_too_small_for_a_metric(folder):
