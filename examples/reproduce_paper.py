@@ -65,7 +65,7 @@ def main():
     arguments = parser.parse_args()
 
     found = [name for name in PUBLISHED if (arguments.sets / name / "lq").is_dir()]
-    measured = {}
+    measured, refused = {}, {}
     if found:
         device, dtype = choose_device(arguments.device, arguments.dtype)
         pipe = load_pipeline(arguments.model, device, dtype)
@@ -73,17 +73,22 @@ def main():
     for name in found:
         folder = arguments.sets / name
         has_gt = (folder / "gt").is_dir()
-        measured[name] = evaluate(
-            arguments.output / name,
-            lq=folder / "lq",
-            gt=folder / "gt" if has_gt else None,
-            pipe=pipe,
-            schedules=list(PUBLISHED[name]),
-            metrics=(*(REFERENCE_METRICS if has_gt else ()), *NO_REFERENCE_METRICS),
-            sampling=Sampling(color_fix="wavelet"),
-            limit=arguments.limit,
-            progress=True,
-        )
+        try:
+            measured[name] = evaluate(
+                arguments.output / name,
+                lq=folder / "lq",
+                gt=folder / "gt" if has_gt else None,
+                pipe=pipe,
+                schedules=list(PUBLISHED[name]),
+                metrics=(*(REFERENCE_METRICS if has_gt else ()), *NO_REFERENCE_METRICS),
+                sampling=Sampling(color_fix="wavelet"),
+                limit=arguments.limit,
+                progress=True,
+            )
+        except (FileExistsError, ValueError) as error:
+            refused[name] = error
+            tqdm.write(f"{name}: {error}")
+            continue
         for (run, image), problem in measured[name].failed.items():
             tqdm.write(f"{name} {run} {image}: {problem}")
         for metric, reason in measured[name].unavailable.items():
@@ -92,6 +97,8 @@ def main():
     table = comparison(measured)
     write_atomically(arguments.output / "comparison.md", table)
     print(table)
+    if refused:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
