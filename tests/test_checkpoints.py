@@ -4,7 +4,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffusers_invsr.training.checkpoints import Checkpoints, write_atomically
+from diffusers_invsr.files import write_atomically
+from diffusers_invsr.training.checkpoints import Checkpoints
 from diffusers_invsr.training.logs import RunLog, StepwiseMeter, read_log
 
 

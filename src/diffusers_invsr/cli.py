@@ -1,16 +1,15 @@
-"""The command line `diffusers-invsr`: enlarge image files; convert, publish and describe models."""
+"""The command line `diffusers-invsr`: enlarge image files; convert, publish, describe and measure models."""
 
 import logging
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from . import __version__
-from .cli_models import choose_device, describe, fail, load_pipeline
+from . import __version__, cli_evaluation
+from .cli_models import choose_device, describe, fail, load_pipeline, parse_tile_size, report
 from .image_files import FORMATS, IMAGE_SUFFIXES, check_side, find_images, plan_outputs, read_image, save_image, show
 
 
@@ -149,15 +148,6 @@ def upscale(
         num_done = len(waiting) - num_failed
         typer.echo(f"{num_done} enlarged, {len(existing)} skipped, {num_failed} failed")
     raise typer.Exit(1 if num_failed or num_missing else 0)
-
-
-def parse_tile_size(text: str) -> int | str | None:
-    """The pipeline's `tile_size`, or "auto"."""
-    if text.isdecimal():
-        return int(text)
-    if text not in ("auto", "none"):
-        raise typer.BadParameter(f"{text!r} is not an integer, none or auto.", param_hint="'--tile-size'")
-    return None if text == "none" else text
 
 
 def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[dict[Path, Path], int]:
@@ -335,8 +325,5 @@ def info(model: Annotated[str, typer.Argument(metavar="tiny|sd-turbo|PATH|HUB_ID
         typer.echo(f"{name + ':':<22} {value}")
 
 
-def report(message: str):
-    """Tell of a failure, beside the progress bars."""
-    from tqdm import tqdm
-
-    tqdm.write(message, file=sys.stderr)
+app.command()(cli_evaluation.degrade)
+app.command()(cli_evaluation.evaluate)

@@ -1,5 +1,6 @@
-"""Models for the command line: what is wrong with them is said in one sentence, which ends the program."""
+"""What commands share: models, devices and messages. What is wrong is said in one sentence, which ends the program."""
 
+import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,3 +89,19 @@ def load_pipeline(
         return pipe.to(device)
     except RuntimeError as error:
         fail(f"{model!r} cannot be moved to the device {str(device)!r}: {textwrap.shorten(str(error), 400)}")
+
+
+def parse_tile_size(text: str) -> int | str | None:
+    """The pipeline's `tile_size`, or "auto"."""
+    if text.isdecimal():
+        return int(text)
+    if text not in ("auto", "none"):
+        raise typer.BadParameter(f"{text!r} is not an integer, none or auto.", param_hint="'--tile-size'")
+    return None if text == "none" else text
+
+
+def report(message: str):
+    """Tell of a failure, beside the progress bars."""
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)

@@ -1,6 +1,7 @@
 """The parts of training (section 3 of the paper); `examples/train_invsr.py` puts them together."""
 
-from .checkpoints import Checkpoints, write_atomically
+from ..files import write_atomically
+from .checkpoints import Checkpoints
 from .data import CropDataset, CropStream, SkipReport, make_dataset, make_loader
 from .degradation import Degradation, DegradationSettings, EvaluationDegradationSettings
 from .discriminator import InvSRDiscriminator, InvSRDiscriminatorOutput

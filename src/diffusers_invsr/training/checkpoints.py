@@ -1,8 +1,6 @@
 """Checkpoints that are complete or do not exist, and are found again after any interruption."""
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -12,22 +10,12 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
+from ..files import file_digest
+
 
 logger = get_logger(__name__)
 
 MANIFEST = "manifest.json"
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_atomically(file: Path, text: str):
-    """Write a text file so that an interruption leaves the old content or the new one."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -40,7 +28,7 @@ def damage(checkpoint: Path) -> str | None:
         file = checkpoint / name
         if not file.is_file():
             return f"{name} is missing"
-        if _digest(file) != digest:
+        if file_digest(file) != digest:
             return f"{name} has changed since it was written"
     return None
 
@@ -93,7 +81,7 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
-            digests = {str(file.relative_to(temporary)): _digest(file) for file in files}
+            digests = {str(file.relative_to(temporary)): file_digest(file) for file in files}
             (temporary / MANIFEST).write_text(json.dumps(digests, indent=2), encoding="utf-8")
             if checkpoint.is_dir():
                 shutil.rmtree(checkpoint)

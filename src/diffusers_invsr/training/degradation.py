@@ -309,10 +309,13 @@ class Degradation(nn.Module):
     @torch.no_grad()
     def apply(self, hr: torch.Tensor, draw: DegradationDraw, generator: torch.Generator | None = None) -> torch.Tensor:
         r"""
-        Degrade with given settings. In float32 whatever autocast says, and without gradients.
+        Degrade with given settings. In the number type of `hr` whatever autocast says, and without gradients.
+
+        Float64 is for test sets that have to be the same everywhere: in float32, the last bits, which differ between
+        processors and numbers of threads, decide in some images to which level a value is rounded.
 
         Args:
-            hr (`torch.Tensor`): HR images of shape `(batch, 3, height, width)`, float32, in [0, 1].
+            hr (`torch.Tensor`): HR images of shape `(batch, 3, height, width)`, float32 or float64, in [0, 1].
             draw ([`DegradationDraw`]): Settings, of [`~Degradation.draw`].
             generator (`torch.Generator`, *optional*):
                 Source of the noise. A CPU generator gives the same noise for images on any device. By default that of
@@ -320,7 +323,7 @@ class Degradation(nn.Module):
 
         Returns:
             `torch.Tensor`: LR images of shape `(batch, 3, height // scale, width // scale)`, multiples of 1/255 in
-            [0, 1], float32, on the device of `hr`.
+            [0, 1], with the number type and on the device of `hr`.
 
         Raises:
             ValueError: If `hr` has another type, shape or range, a side that is not a multiple of the scale or less
@@ -365,8 +368,9 @@ class Degradation(nn.Module):
         return self.apply(hr, self.draw(len(hr), generator), generator)
 
     def _check_hr(self, hr: torch.Tensor) -> None:
-        if not isinstance(hr, torch.Tensor) or hr.dtype != torch.float32:
-            raise ValueError(f"`hr` has to be a float32 tensor, but is of type {getattr(hr, 'dtype', type(hr))}.")
+        if not isinstance(hr, torch.Tensor) or hr.dtype not in (torch.float32, torch.float64):
+            dtype = getattr(hr, "dtype", type(hr))
+            raise ValueError(f"`hr` has to be a float32 or float64 tensor, but is of type {dtype}.")
         if hr.ndim != 4 or hr.shape[1] != 3 or len(hr) == 0:
             raise ValueError(f"`hr` has to have the shape (batch, 3, height, width), but has {tuple(hr.shape)}.")
         if any(side % self.scale or side < self.min_size for side in hr.shape[-2:]):
@@ -393,14 +397,15 @@ def add_noise(images: torch.Tensor, noise: Noise, generator: torch.Generator | N
             grey, level = (values[index, None, None, None].to(images.device) for values in (noise.grey, noise.level))
             index = index.to(images.device)
             maps = function(images[index], grey, generator)
-            result[index] += level.float() * torch.where(grey, maps[:, :1], maps)
+            result[index] += level.to(images.dtype) * torch.where(grey, maps[:, :1], maps)
     return result.clamp(0, 1)
 
 
 def gaussian_noise(images: torch.Tensor, grey: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """Normal noise with a standard deviation of one level of 255."""
     device = images.device if generator is None else generator.device
-    return torch.randn(images.shape, generator=generator, device=device).to(images.device) / 255
+    noise = torch.randn(images.shape, generator=generator, device=device, dtype=images.dtype)
+    return noise.to(images.device) / 255
 
 
 def poisson_noise(images: torch.Tensor, grey: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
@@ -419,7 +424,7 @@ def jpeg(images: torch.Tensor, quality: torch.Tensor, mask: torch.Tensor | None 
     index = torch.arange(len(images)) if mask is None else mask.nonzero().flatten()
     if len(index) == 0:
         return images
-    quality, index = quality[index].float().to(images.device), index.to(images.device)
+    quality, index = quality[index].to(images.dtype).to(images.device), index.to(images.device)
     return images.index_copy(0, index, jpeg_codec_differentiable(images[index].clamp(0, 1), quality))
 
 

@@ -1,7 +1,6 @@
 """The VAE's answers for HR crops, kept on disk so that the frozen encoder runs once for each crop (section 6)."""
 
 import hashlib
-import json
 import os
 import warnings
 import zlib
@@ -12,6 +11,8 @@ from uuid import uuid4
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from ..files import module_fingerprint, tensor_bytes
 
 
 class LatentCache:
@@ -96,27 +97,9 @@ class LatentCache:
 
 
 def vae_fingerprint(vae: torch.nn.Module) -> str:
-    r"""
-    Identify what a VAE's encoder computes.
-
-    Args:
-        vae (`ModelMixin`): An autoencoder of diffusers.
-
-    Returns:
-        `str`: 32 hexadecimal digits that follow from its class, its configuration, and the names, number types and
-        values of its weights; not from where it was loaded from.
-    """
-    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps([type(vae).__name__, config], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()[:32]
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    """Identify what a VAE's encoder computes; see [`~diffusers_invsr.files.module_fingerprint`]."""
+    return module_fingerprint(vae)
 
 
 def _checksum(tensor: torch.Tensor) -> str:
-    return f"{zlib.crc32(_bytes(tensor)):08x}"
+    return f"{zlib.crc32(tensor_bytes(tensor)):08x}"

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from ..files import write_atomically
 from ..scheduling_invsr import START_TIMESTEPS
-from .checkpoints import write_atomically
 
 
 class StepwiseMeter:

@@ -5,12 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.logging import get_logger
-from huggingface_hub.constants import HF_HUB_OFFLINE
 from PIL import Image, ImageDraw
 
 from ..image_files import read_image
 from ..image_processor import InvSRImageProcessor
-from ..metrics import psnr_y, ssim_y
+from ..metrics import load_lpips, psnr_y, ssim_y
 from ..pipeline_invsr import InvSRPipeline
 from .degradation import Degradation, EvaluationDegradationSettings
 
@@ -22,16 +21,10 @@ LABEL_HEIGHT = 16
 MULTIPLE = 64  # of the HR sides, so that every level of VAE and UNet halves without a rest
 
 
-def load_lpips() -> torch.nn.Module | None:
-    """LPIPS (VGG) of RGB images, or `None` with a warning where its weights are neither on disk nor to be fetched."""
+def load_lpips_if_possible() -> torch.nn.Module | None:
+    """LPIPS (VGG) of RGB images, or `None` with a warning where it cannot be had: training goes on without it."""
     try:
-        import lpips
-        from torchvision.models import VGG16_Weights
-
-        file = Path(torch.hub.get_dir(), "checkpoints", Path(VGG16_Weights.IMAGENET1K_V1.url).name)
-        if HF_HUB_OFFLINE and not file.is_file():
-            raise OSError(f"{file} is missing, and HF_HUB_OFFLINE is set")
-        return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
+        return load_lpips()
     except (ImportError, OSError, RuntimeError) as error:  # torchvision is missing or does not fit; no network
         logger.warning(f"Validation goes without LPIPS, whose weights cannot be had here ({error}).")
         return None
@@ -59,7 +52,7 @@ class ValidationSet:
     """
 
     def __init__(self, files: list[str], crop_size: int, scale: int = 4, seed: int = 0):
-        self.seed, self.lpips = seed, load_lpips()
+        self.seed, self.lpips = seed, load_lpips_if_possible()
         degradation = Degradation(EvaluationDegradationSettings(), scale)
         self.pairs = []
         for number, file in enumerate(files):

@@ -1,0 +1,236 @@
+"""What results are measured by: names, directions, and where each metric comes from."""
+
+import contextlib
+import math
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..metrics import gradient_ratio, load_lpips, psnr_y, ssim_y
+
+
+# Seconds without an answer after which a download counts as impossible; torch's and pyiqa's have no limit.
+DOWNLOAD_TIMEOUT = 60
+NEEDS_GT = "needs `gt`"
+MIN_FID_IMAGES = 2
+
+
+class MetricUnavailable(Exception):
+    """A metric cannot be had here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    r"""
+    A metric of one image, or of a set.
+
+    Args:
+        label (`str`): Its name in tables.
+        better (`str`): `"higher"`, `"lower"`, or `"near 1"`.
+        implementation (`str`): What computes it.
+        digits (`int`): Decimals in tables.
+        needs_gt (`bool`): Whether it compares with the HR image.
+        of_set (`bool`): Whether it is one number for all images.
+        package (`str`, *optional*): The package it needs beyond those that are always there.
+        extra (`str`, *optional*): The extra of this package that installs it.
+    """
+
+    label: str
+    better: str
+    implementation: str
+    digits: int = 4
+    needs_gt: bool = True
+    of_set: bool = False
+    package: str | None = None
+    extra: str | None = None
+
+    @property
+    def heading(self) -> str:
+        return self.label + {"higher": " ↑", "lower": " ↓"}.get(self.better, "")
+
+
+def _pyiqa(label: str, better: str, model: str, digits: int, **settings) -> Metric:
+    return Metric(label, better, f"pyiqa {model}", digits, package="pyiqa", extra="metrics", **settings)
+
+
+METRICS = {
+    "psnr_y": Metric("PSNR-Y", "higher", "diffusers_invsr.metrics.psnr_y", 2),
+    "ssim_y": Metric("SSIM-Y", "higher", "diffusers_invsr.metrics.ssim_y", package="scikit-image", extra="evaluation"),
+    "gradient_ratio": Metric("gradient ratio", "near 1", "diffusers_invsr.metrics.gradient_ratio", 3),
+    "lpips": Metric("LPIPS", "lower", "lpips 0.1, VGG16", package="lpips", extra="evaluation"),
+    "dists": _pyiqa("DISTS", "lower", "dists", 4),
+    "niqe": _pyiqa("NIQE", "lower", "niqe", 2, needs_gt=False),
+    "clipiqa": _pyiqa("CLIPIQA", "higher", "clipiqa", 3, needs_gt=False),
+    "musiq": _pyiqa("MUSIQ", "higher", "musiq", 2, needs_gt=False),
+    "maniqa": _pyiqa("MANIQA", "higher", "maniqa", 4, needs_gt=False),
+    "fid": _pyiqa("FID", "lower", "fid", 2, of_set=True),
+}
+DEFAULT_METRICS = ("psnr_y", "ssim_y", "gradient_ratio", "lpips")
+DEFAULT_METRICS_WITHOUT_GT = ("niqe", "clipiqa", "musiq", "maniqa")
+PIXEL_METRICS = {"psnr_y": psnr_y, "ssim_y": ssim_y, "gradient_ratio": gradient_ratio}
+CROPPED_METRICS = ("psnr_y", "ssim_y")
+
+
+class MetricSuite:
+    r"""
+    Metrics that are loaded once and measure 8-bit RGB images.
+
+    Args:
+        names (`Iterable[str]`): Of `METRICS`.
+        has_gt (`bool`): Whether there are HR images.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Where networks run.
+        crop_border (`int`, defaults to 0): Pixels that PSNR and SSIM leave out at each edge.
+
+    Attributes:
+        unavailable (`dict[str, str]`): The metrics that cannot be had here, with the reason.
+
+    Raises:
+        ValueError: If a name is unknown or `crop_border` is negative.
+    """
+
+    def __init__(self, names: Iterable[str], has_gt: bool, device: str | torch.device = "cpu", crop_border: int = 0):
+        self.names, self.device, self.crop_border = list(dict.fromkeys(names)), torch.device(device), crop_border
+        unknown = [name for name in self.names if name not in METRICS]
+        if unknown:
+            raise ValueError(f"`metrics` have to be among {', '.join(METRICS)}, but have {', '.join(unknown)}.")
+        if crop_border < 0:
+            raise ValueError(f"`crop_border` has to be 0 or more, but is {crop_border!r}.")
+        self.unavailable, self._networks = {}, {}
+        for name in self.names:
+            try:
+                self._load(name, has_gt)
+            except MetricUnavailable as error:
+                self.unavailable[name] = str(error)
+
+    def _load(self, name: str, has_gt: bool):
+        metric = METRICS[name]
+        if metric.needs_gt and not has_gt:
+            raise MetricUnavailable(NEEDS_GT)
+        try:
+            if name == "ssim_y":
+                import skimage.metrics  # noqa: F401  (so that its absence is known before any image is made)
+            elif metric.package is not None:
+                with _download_timeout(), contextlib.redirect_stdout(sys.stderr):
+                    self._networks[name] = self._load_network(name)
+        except ImportError as error:
+            install = f"pip install 'diffusers-invsr[{metric.extra}]'"
+            raise MetricUnavailable(f"{metric.package} cannot be used ({_shorten(error)}): {install}") from error
+        except OSError as error:  # URLError and the Hub's errors are of this kind
+            raise MetricUnavailable(f"weights could not be fetched ({_shorten(error)})") from error
+        except Exception as error:  # damaged files, packages that do not fit: third-party code
+            raise MetricUnavailable(f"could not be loaded ({type(error).__name__}: {_shorten(error)})") from error
+
+    def _load_network(self, name: str) -> torch.nn.Module:
+        if name == "lpips":
+            return load_lpips().to(self.device)
+        import pyiqa
+
+        return pyiqa.create_metric(name, device=self.device)
+
+    def of_image(self, name: str, result: np.ndarray, gt: np.ndarray | None) -> float:
+        r"""
+        Measure one image.
+
+        Args:
+            name (`str`): The metric: not one of `unavailable`, and not of a set.
+            result (`np.ndarray`): The result, uint8 of shape `(H, W, 3)`.
+            gt (`np.ndarray`, *optional*): The HR image, of the same shape.
+
+        Returns:
+            `float`: The value; infinite for the PSNR of equal images.
+
+        Raises:
+            MetricUnavailable: If this image cannot be measured, because it is too small for instance.
+        """
+        if name in PIXEL_METRICS:
+            if name in CROPPED_METRICS:
+                result, gt = (self._crop(image) for image in (result, gt))
+            try:
+                value = PIXEL_METRICS[name](result, gt)
+            except ValueError as error:  # of scikit-image, for images smaller than its window
+                raise MetricUnavailable(_shorten(error)) from error
+        else:
+            try:
+                value = self._run_network(name, result, gt)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # third-party code, which refuses small images in many ways
+                raise MetricUnavailable(f"{type(error).__name__}: {_shorten(error)}") from error
+        if math.isnan(value) or (math.isinf(value) and name != "psnr_y"):
+            raise MetricUnavailable(f"is not finite ({value})")
+        return value
+
+    @torch.no_grad()
+    def _run_network(self, name: str, result: np.ndarray, gt: np.ndarray | None) -> float:
+        images = [_to_tensor(image, self.device) for image in (result, gt) if image is not None]
+        if name == "lpips":
+            return self._networks[name](*images, normalize=True).item()
+        images = images if METRICS[name].needs_gt else images[:1]
+        return float(self._networks[name](*images))
+
+    def _crop(self, image: np.ndarray) -> np.ndarray:
+        border = self.crop_border
+        return image[border : image.shape[0] - border, border : image.shape[1] - border]
+
+    def of_set(self, name: str, results: list[Path], gts: list[Path]) -> float:
+        r"""
+        Measure a set: FID, between the results and their HR images.
+
+        Args:
+            name (`str`): The metric.
+            results (`list[Path]`): Files of the results.
+            gts (`list[Path]`): Files of the HR images.
+
+        Raises:
+            MetricUnavailable: If there are too few images or the result is not finite.
+        """
+        if len(results) < MIN_FID_IMAGES:
+            raise MetricUnavailable(f"needs {MIN_FID_IMAGES} images or more")
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            # pyiqa takes folders, and all that is in them
+            for part, files in (("results", results), ("gt", gts)):
+                Path(folder, part).mkdir()
+                for number, file in enumerate(files):
+                    _link(file, Path(folder, part, f"{number:06}{file.suffix.lower()}"))
+            folders = [str(Path(folder, part)) for part in ("results", "gt")]
+            try:
+                value = float(self._networks[name](*folders, num_workers=0, verbose=False))
+            except Exception as error:  # third-party code
+                raise MetricUnavailable(f"{type(error).__name__}: {_shorten(error)}") from error
+        if not math.isfinite(value):
+            raise MetricUnavailable(f"is not finite ({value})")
+        return value
+
+
+def _to_tensor(image: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(device).float() / 255
+
+
+def _link(file: Path, link: Path):
+    try:
+        link.symlink_to(file.absolute())
+    except OSError:  # Windows lets only some users make links
+        shutil.copy(file, link)
+
+
+@contextlib.contextmanager
+def _download_timeout():
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _shorten(error: BaseException) -> str:
+    return textwrap.shorten(str(error).replace(os.linesep, " "), 160) or type(error).__name__

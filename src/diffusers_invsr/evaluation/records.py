@@ -1,0 +1,88 @@
+"""What an evaluation keeps on disk, so that a run that was killed goes on at the image where it was."""
+
+import json
+import shutil
+from pathlib import Path
+
+from ..files import write_atomically
+
+
+SETTINGS_FILE = "settings.json"
+RECORDS_FILE = "records.jsonl"
+IMAGES_FOLDER = "images"
+
+
+class Records:
+    r"""
+    The measurements of one run (a schedule, bicubic, given results), appended to `records.jsonl` as they are made.
+
+    Args:
+        folder (`Path`): Folder of the run.
+
+    Attributes:
+        values (`dict[str, dict[str, float]]`): Values by image and metric.
+        digests (`dict[str, dict[str, str]]`): SHA-256 of the files that were measured, by image and argument.
+    """
+
+    def __init__(self, folder: Path):
+        self.file = folder / RECORDS_FILE
+        self.values, self.digests = {}, {}
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
+        kept = []
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:  # cut off by a kill
+                break
+            kept.append(line)
+            self._take(record)
+        if len(kept) < len(lines):
+            write_atomically(self.file, "".join(line + "\n" for line in kept))
+
+    def _take(self, record: dict):
+        self.values.setdefault(record["image"], {}).update(record["values"])
+        self.digests.setdefault(record["image"], {}).update(record["digests"])
+
+    def append(self, image: str, values: dict[str, float], digests: dict[str, str]):
+        """Add values of an image. An infinite PSNR is written as Python's JSON does: `Infinity`."""
+        record = {"image": image, "values": values, "digests": digests}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+        self._take(record)
+
+
+def open_folder(out: Path, settings: dict, overwrite: bool):
+    r"""
+    Begin an evaluation in a folder, or go on with the one that is there.
+
+    Args:
+        out (`Path`): The folder.
+        settings (`dict`): What results hang on. It has to be the same as when the evaluation was begun.
+        overwrite (`bool`): Whether to remove the evaluation that is there.
+
+    Raises:
+        FileExistsError: If the folder holds anything but an evaluation.
+        ValueError: If the settings are others; the message names the first one that differs.
+    """
+    file = out / SETTINGS_FILE
+    earlier = None
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        try:
+            earlier = json.loads(file.read_text(encoding="utf-8"))["evaluation"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise FileExistsError(f"`out` has to be a new folder or that of an evaluation, but is {out}.") from None
+    if earlier is not None and overwrite:
+        for folder in out.iterdir():
+            if (folder / RECORDS_FILE).is_file():
+                shutil.rmtree(folder)
+        earlier = None
+    if earlier is not None:
+        for name in (*settings, *earlier):
+            if settings.get(name) != earlier.get(name):
+                raise ValueError(
+                    f"`{name}` has to be as it was when {out} was begun, {earlier.get(name)!r}, but is"
+                    f" {settings.get(name)!r}: choose another folder, or replace what is there (`overwrite`)."
+                )
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps({"evaluation": settings}, indent=2) + "\n")

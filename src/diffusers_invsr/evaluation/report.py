@@ -1,0 +1,178 @@
+"""The results of an evaluation, and their tables: JSON, CSV and Markdown."""
+
+import csv
+import io
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..files import write_atomically
+from .metrics import METRICS
+
+
+@dataclass
+class Run:
+    r"""
+    What was measured of one way to make results.
+
+    Args:
+        name (`str`): The schedule, such as `"200-100-50"`; `"bicubic"`; or `"results"`.
+        timesteps (`list[int]`, *optional*): The schedule.
+        images (`dict[str, dict[str, float]]`): Values by image and metric; what could not be measured is not there.
+        of_set (`dict[str, float]`): Values of metrics of the set.
+        reasons (`dict[tuple[str | None, str], str]`):
+            Why a value is not there, by image (`None` for the set) and metric.
+    """
+
+    name: str
+    timesteps: list[int] | None = None
+    images: dict[str, dict[str, float]] = field(default_factory=dict)
+    of_set: dict[str, float] = field(default_factory=dict)
+    reasons: dict[tuple[str | None, str], str] = field(default_factory=dict)
+
+    def mean(self, metric: str) -> float | None:
+        """Mean over the images that have a value, or the value of the set; `None` if there is none."""
+        if METRICS[metric].of_set:
+            return self.of_set.get(metric)
+        values = [values[metric] for values in self.images.values() if metric in values]
+        return sum(values) / len(values) if values else None
+
+    def reason(self, metric: str) -> str | None:
+        """Why the mean has no value, or is not one over all images."""
+        reasons = [text for (_, name), text in self.reasons.items() if name == metric]
+        if not reasons or METRICS[metric].of_set:
+            return reasons[0] if reasons else None
+        count = sum(metric in values for values in self.images.values())
+        return f"over {count} of {len(self.images)} images: {reasons[0]}" if count else reasons[0]
+
+
+@dataclass
+class Evaluation:
+    r"""
+    The results of an evaluation.
+
+    Args:
+        settings (`dict`): What the results hang on, and where the images were.
+        metrics (`list[str]`): The metrics that were asked for, of `METRICS`.
+        unavailable (`dict[str, str]`): Those that could not be had at all, with the reason.
+        runs (`list[Run]`): Bicubic enlargement, if it was measured, and each schedule or the given results.
+        failed (`dict[tuple[str, str], str]`): What was wrong with images that had to be left out, by run and image.
+    """
+
+    settings: dict
+    metrics: list[str]
+    unavailable: dict[str, str] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
+    failed: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """For JSON, which has no NaN and no infinity: what is not a number is `null`, with a reason beside it."""
+        runs = {}
+        for run in self.runs:
+            means = {name: run.mean(name) for name in self.metrics}
+            reasons = {}
+            for name, value in means.items():
+                reason = self.unavailable.get(name) or run.reason(name)
+                if value is None or not math.isfinite(value) or reason:
+                    reasons[name] = reason or "infinite: an image equals its HR image"
+            runs[run.name] = {
+                "timesteps": run.timesteps,
+                "num_images": len(run.images),
+                "mean": {name: _finite(value) for name, value in means.items()},
+                "reasons": reasons,
+                "images": {
+                    image: {name: _finite(values.get(name)) for name in self.metrics if not METRICS[name].of_set}
+                    for image, values in run.images.items()
+                },
+            }
+        return {
+            "settings": self.settings,
+            "metrics": {
+                name: {
+                    "label": METRICS[name].label,
+                    "better": METRICS[name].better,
+                    "implementation": METRICS[name].implementation,
+                    "unavailable": self.unavailable.get(name),
+                }
+                for name in self.metrics
+            },
+            "runs": runs,
+            "failed": [{"run": run, "image": image, "error": text} for (run, image), text in self.failed.items()],
+        }
+
+    def to_csv(self) -> str:
+        """One line an image and, with the image `mean`, one a run. What has no value is empty."""
+        stream = io.StringIO()
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(["run", "image", *self.metrics])
+        for run in self.runs:
+            for image, values in run.images.items():
+                table.writerow([run.name, image, *(values.get(name, "") for name in self.metrics)])
+            means = (run.mean(name) for name in self.metrics)
+            table.writerow([run.name, "mean", *("" if value is None else value for value in means)])
+        return stream.getvalue()
+
+    def to_markdown(self, images: bool = True) -> str:
+        """A table of means, one of the images for each run, and footnotes on what is not a number."""
+        notes = Footnotes()
+        parts = [self._means(notes)]
+        if images:
+            parts += [self._images(run, notes) for run in self.runs]
+        parts += [notes.text] if notes.text else []
+        return "\n\n".join(parts) + "\n"
+
+    def _means(self, notes: "Footnotes") -> str:
+        rows = []
+        for run in self.runs:
+            cells = []
+            for name in self.metrics:
+                reason = self.unavailable.get(name) or run.reason(name)
+                cells.append(notes.cell(run.mean(name), METRICS[name].digits, reason))
+            rows.append([run.name, str(len(run.images)), *cells])
+        return _table(["mean", "images", *(METRICS[name].heading for name in self.metrics)], rows)
+
+    def _images(self, run: Run, notes: "Footnotes") -> str:
+        names = [name for name in self.metrics if not METRICS[name].of_set]
+        rows = []
+        for image, values in run.images.items():
+            reasons = [self.unavailable.get(name) or run.reasons.get((image, name)) for name in names]
+            cells = (notes.cell(values.get(name), METRICS[name].digits, text) for name, text in zip(names, reasons))
+            rows.append([image, *cells])
+        return _table([run.name, *(METRICS[name].heading for name in names)], rows)
+
+    def save(self, out: Path):
+        """Write `results.json`, `results.csv` and `results.md`."""
+        write_atomically(out / "results.json", json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        write_atomically(out / "results.csv", self.to_csv())
+        write_atomically(out / "results.md", self.to_markdown())
+
+
+class Footnotes:
+    """Numbered reasons below a table, each once."""
+
+    def __init__(self):
+        self.reasons = []
+
+    def cell(self, value: float | None, digits: int, reason: str | None) -> str:
+        """A number, or `n/a`; with the number of the footnote if there is a reason to tell."""
+        text = "n/a" if value is None else f"{value:.{digits}f}"
+        if reason is None:
+            return text
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        return f"{text} [{self.reasons.index(reason) + 1}]"
+
+    @property
+    def text(self) -> str:
+        return "\n".join(f"[{number}] {reason}  " for number, reason in enumerate(self.reasons, 1))
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _table(heading: list[str], rows: list[list[str]]) -> str:
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in [heading, *rows]]
+    rows.insert(1, ["---"] * len(heading))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

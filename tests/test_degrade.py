@@ -1,0 +1,184 @@
+"""Synthetic test sets, on real files: the same for a seed whatever else is there, and whole or not there."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+from typer.testing import CliRunner
+
+from diffusers_invsr.cli import app
+
+
+pytest.importorskip("kornia")
+SIZE = 64
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working directory with three HR images in the folder `hr`."""
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a.png", "b.jpg", "deep/c.png")):
+        save(Path("hr", name), seed)
+    return tmp_path
+
+
+def make_image(seed: int, size: tuple[int, int] = (90, 70)) -> Image.Image:
+    """Noise over a slope, so that every stage of the degradation has something to act on."""
+    rng = np.random.default_rng(seed)
+    slope = np.linspace(0, 180, size[0])[None, :, None] + np.zeros((size[1], 1, 3))
+    return Image.fromarray((slope + rng.integers(0, 75, slope.shape)).astype(np.uint8))
+
+
+def save(path: Path, seed: int, **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_image(seed).save(path, **settings)
+
+
+def degrade(*arguments, status: int = 0) -> str:
+    command = ["degrade", "hr", *(str(argument) for argument in arguments)]
+    result = CliRunner().invoke(app, command if "--size" in command else [*command, "--size", str(SIZE)])
+    assert result.exit_code == status, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result.output
+
+
+def pixels(path: str) -> np.ndarray:
+    return np.array(Image.open(path))
+
+
+def names_in(folder: str) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("setting, scale", [("test", 4), ("training", 2)])
+def test_set(folder, setting, scale):
+    assert "3 degraded, 0 failed" in degrade("-o", "set", "--setting", setting, "--scale", scale, "--seed", 3)
+    images = ["a.png", "b.png", "deep/c.png"]
+    assert names_in("set") == [*(f"gt/{name}" for name in images), *(f"lq/{name}" for name in images), "settings.json"]
+    description = json.loads(Path("set/settings.json").read_text())
+    assert list(description["images"]) == images
+    assert (description["setting"], description["scale"], description["seed"]) == (setting, scale, 3)
+    assert (description["degradation"]["second_order_probability"] > 0) == (setting == "training")
+    assert np.array_equal(pixels("set/gt/a.png"), pixels("hr/a.png")[3 : 3 + SIZE, 13 : 13 + SIZE])
+    for name in images:
+        lr, record = pixels(f"set/lq/{name}"), description["images"][name]
+        assert lr.shape == (SIZE // scale, SIZE // scale, 3)
+        assert record["lq_sha256"] == hashlib.sha256(lr.tobytes()).hexdigest()
+        assert 0 < record["drawn"]["jpeg_quality"] <= 100
+    assert len({record["seed"] for record in description["images"].values()}) == 3
+    assert description["images"]["b.png"]["source"] == "b.jpg"
+
+
+def test_an_image_does_not_depend_on_the_others(folder):
+    degrade("-o", "all")
+    degrade("-o", "other", "--seed", 1)
+    Path("hr/a.png").unlink()
+    Path("hr/b.jpg").unlink()
+    save(Path("hr/0.png"), 9)
+    degrade("-o", "one")
+    assert Path("one/lq/deep/c.png").read_bytes() == Path("all/lq/deep/c.png").read_bytes()
+    before, after = (json.loads(Path(out, "settings.json").read_text())["images"] for out in ("all", "one"))
+    assert before["deep/c.png"] == after["deep/c.png"]
+    assert not np.array_equal(pixels("all/lq/deep/c.png"), pixels("other/lq/deep/c.png"))
+
+
+def test_accents_are_written_in_two_ways(folder):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    save(Path("hr", f"{composed}.png"), 5)
+    degrade("-o", "one")
+    Path("hr", f"{composed}.png").rename(Path("hr", f"{decomposed}.png"))
+    degrade("-o", "two")
+    one, two = (json.loads(Path(out, "settings.json").read_text())["images"] for out in ("one", "two"))
+    assert one[f"{composed}.png"]["lq_sha256"] == two[f"{decomposed}.png"]["lq_sha256"]
+
+
+@pytest.mark.slow
+def test_the_same_pixels_on_an_older_processor(folder):
+    degrade("-o", "here")
+    # PyTorch and oneDNN choose kernels by these; what they compute differs in the last bits.
+    env = os.environ | {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "OMP_NUM_THREADS": "2"}
+    program = "from diffusers_invsr.cli import main; main()"
+    command = [sys.executable, "-c", program, "degrade", "hr", "-o", "there", "--size", str(SIZE)]
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    here, there = (json.loads(Path(out, "settings.json").read_text())["images"] for out in ("here", "there"))
+    assert here == there
+
+
+def test_whole_images_are_cut_to_multiples(folder):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    save(Path("hr/turned.png"), 7, exif=exif.tobytes())
+    degrade("-o", "set", "--size", "none")
+    assert Image.open("set/gt/a.png").size == (88, 68) and Image.open("set/lq/a.png").size == (22, 17)
+    assert Image.open("set/gt/turned.png").size == (68, 88)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "I;16", "P"])
+def test_kinds_of_images(folder, mode):
+    grey = make_image(3).convert("L")
+    image = Image.fromarray(np.array(grey).astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    image.save("hr/kind.png")
+    grey.save("hr/grey.png")
+    degrade("-o", "set")
+    assert np.array_equal(pixels("set/gt/kind.png"), pixels("set/gt/grey.png"))
+
+
+def test_bad_images_are_reported_and_the_rest_goes_on(folder):
+    make_image(0, (SIZE - 1, SIZE)).save("hr/small.png")
+    Path("hr/broken.png").write_bytes(Path("hr/a.png").read_bytes()[:300])
+    output = degrade("-o", "set", status=1)
+    assert "3 degraded, 2 failed" in output
+    for name in ("small.png", "broken.png"):
+        assert sum(line.startswith(f"hr/{name}: ") for line in output.splitlines()) == 1, output
+    assert "63x64" in output
+    assert names_in("set/gt") == ["a.png", "b.png", "deep/c.png"]
+
+
+def test_nothing_is_left_where_no_image_can_be_degraded(folder):
+    output = degrade("-o", "set", "--size", 512, status=2)
+    assert output.splitlines()[-1].endswith("has none.")
+    assert [path.name for path in folder.iterdir()] == ["hr"]
+
+
+def test_only_a_test_set_is_replaced(folder):
+    degrade("-o", "set")
+    Path("hr/a.png").unlink()
+    assert "exists" in degrade("-o", "set", status=2)
+    assert Path("set/lq/a.png").exists()
+    degrade("-o", "set", "--overwrite")
+    assert names_in("set/lq") == ["b.png", "deep/c.png"]
+    Path("set/notes.txt").write_text("mine")
+    assert "exists" in degrade("-o", "set", "--overwrite", status=2)
+    assert {path.name for path in folder.iterdir()} == {"hr", "set"}
+
+
+@pytest.mark.slow
+def test_package_that_is_missing(folder):
+    program = "import sys; sys.modules['kornia'] = None; from diffusers_invsr.cli import main; main()"
+    command = [sys.executable, "-c", program, "degrade", "hr", "-o", "set", "--size", str(SIZE)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.startswith("Error: ") and "pip install 'diffusers-invsr[evaluation]'" in process.stderr
+    assert process.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (["-o", "set", "--size", "big"], "--size"),
+        (["-o", "set", "--size", "30"], "`size`"),
+        (["-o", "set", "--size", "16"], "at least 28"),
+        (["-o", "set", "--setting", "simple"], "--setting"),
+        (["-o", "set", "--scale", "0"], "--scale"),
+        (["-o", "hr/a.png"], "exists"),
+    ],
+)
+def test_wrong_usage(folder, arguments, word):
+    assert word in degrade(*arguments, status=2).splitlines()[-1]
+    assert names_in(".") == ["hr/a.png", "hr/b.jpg", "hr/deep/c.png"]
