@@ -1,4 +1,4 @@
-"""How close a result is to the HR image: PSNR and SSIM as the super-resolution literature measures them."""
+"""Results against HR images: PSNR and SSIM as the super-resolution literature measures them, and sharpness."""
 
 import numpy as np
 from skimage.metrics import structural_similarity
@@ -32,3 +32,15 @@ def ssim_y(result: np.ndarray, target: np.ndarray) -> float:
             use_sample_covariance=False,
         )
     )
+
+
+def gradient_ratio(result: np.ndarray, target: np.ndarray) -> float:
+    """
+    Sharpness of `result` relative to `target`, 8-bit RGB images `(H, W, 3)`: the ratio of their mean absolute luma
+    differences between neighbouring pixels, horizontal and vertical. Below 1 the result is smoother.
+    """
+
+    def mean_gradient(image: np.ndarray) -> float:
+        return float(np.mean([np.abs(np.diff(luma(image), axis=axis)).mean() for axis in (0, 1)]))
+
+    return mean_gradient(result) / mean_gradient(target)
