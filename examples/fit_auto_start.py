@@ -119,7 +119,9 @@ def crops_of(photo: Photograph, size: int, count: int, seeds: list[int]) -> list
     return [photo.hr.crop((left, top, left + size, top + size)) for left, top in corners]
 
 
-def compute(pipe: InvSRPipeline, photographs: list[Photograph], size: int, count: int, scores: Scores, seeds: list[int]):
+def compute(
+    pipe: InvSRPipeline, photographs: list[Photograph], size: int, count: int, scores: Scores, seeds: list[int]
+):
     """Add the features and scores that are missing, by photograph, crop and degradation."""
     for photo in photographs:
         for number, hr in enumerate(crops_of(photo, size, count, seeds)):

@@ -223,13 +223,13 @@ def verdict(question: Question, differences: list[dict[str, Difference]], metric
     """What the differences say of a claim in one metric, with the figure on which that hangs."""
     by_mean = sorted(zip((d[metric] for d in differences), question.pairs), key=lambda item: item[0].mean)
     smallest, (a, b) = by_mean[0]
-    clear = sum(difference.sign == 1 for difference, _ in by_mean)
+    clear, reverse = (sum(difference.sign == sign for difference, _ in by_mean) for sign in (1, -1))
     if smallest.sign is None:
         words = "cannot be tested with one photograph"
     elif clear == len(by_mean):
         words = "confirmed here"
     else:
-        words = f"not confirmed here ({clear} of {len(by_mean)} clearly so)"
+        words = f"not confirmed here ({clear} of {len(by_mean)} clearly so, {reverse} clearly the reverse)"
     which = "" if len(by_mean) == 1 else f", the smallest, of {a} − {b}"
     return f"{METRICS[metric][0]}: {words}, {smallest.to_text(metric)}{which}"
 

@@ -2,14 +2,15 @@
 
     python examples/snr_threshold.py --model MODEL --hr KODAK --patterns 'kodim1[789].png' 'kodim2?.png' --output out
 
-The paper starts at step 250 or later, where SNR = ᾱ / (1 − ᾱ) is above 1.44. The pipeline keeps to that range, so this
-script puts its parts together. The model's diffusion prior and noise predictor have to know all of the starts:
+The paper starts where SNR = ᾱ / (1 − ᾱ) is above 1.44, at step 250 (2.08) or later. The pipeline keeps to that, so
+this script puts its parts together. The model's diffusion prior and noise predictor have to know all of the starts:
 `train_tiny.py --prior-steps 400`, and a predictor that was trained from 50, 100, ..., 400. Predicted noise is compared
 with random noise. `--output` gets `scores.jsonl` (a stopped run goes on there), `threshold.md` and `threshold.json`.
 Needs `pip install ".[examples,training]"`; `--plot` needs matplotlib besides.
 """
 
 import argparse
+import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -151,6 +152,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--starts", type=int, nargs="+", default=STARTS, help="steps, counted from 1")
     parser.add_argument("--plot", type=Path, help="a picture of it, such as threshold.png")
     arguments = parser.parse_args(argv)
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: `pip install matplotlib`.")
 
     pipe = load_pipeline(arguments.model, arguments.device)
     starts, last = sorted(set(arguments.starts)), len(pipe.scheduler.alphas_cumprod)
