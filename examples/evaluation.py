@@ -159,7 +159,7 @@ class Scores:
         records = list(self._read())
         if records and records[0] != {"settings": settings}:
             before = records[0].get("settings", {})
-            changed = [name for name in settings if before.get(name) != settings[name]]
+            changed = [name for name in before | settings if before.get(name) != settings.get(name)]
             raise SystemExit(f"{file} holds scores of another {' and '.join(changed)}: choose another --output.")
         self.values = {tuple(record["key"]): record["scores"] for record in records[1:]}
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -229,6 +229,13 @@ def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def positive(text: str) -> int:
+    """An `argparse` type."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"has to be 1 or more, but is {text}")
+    return int(text)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser, model: str | None):
     parser.add_argument("--hr", type=Path, required=True, help="folder of HR photographs")
     parser.add_argument(
@@ -246,4 +253,4 @@ def add_pattern_argument(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--patterns", nargs="+", default=["*.png"], help="which of its files, such as 'kodim1[789].png' 'kodim2?.png'"
     )
-    parser.add_argument("--crop", type=int, help="side of a crop from the middle in HR pixels (default: the whole)")
+    parser.add_argument("--crop", type=positive, help="side of a crop from the middle, in pixels (default: whole)")

@@ -27,6 +27,7 @@ from evaluation import (
     make_lr,
     markdown_table,
     measure,
+    positive,
     read_photographs,
     settings_of,
 )
@@ -207,15 +208,13 @@ def main(argv: list[str] | None = None):
     patterns = {"fit": ["kodim0?.png", "kodim1[0-6].png"], "test": ["kodim1[789].png", "kodim2?.png"]}
     for name, default in patterns.items():
         parser.add_argument(f"--{name}-patterns", nargs="+", default=default, help=f"files to {name} the rule with")
-    parser.add_argument("--crop", type=int, default=256, help="side of the crops in HR pixels")
-    parser.add_argument("--crops", type=int, default=4, help="crops of each photograph")
+    parser.add_argument("--crop", type=positive, default=256, help="side of the crops in HR pixels")
+    parser.add_argument("--crops", type=positive, default=4, help="crops of each photograph")
     arguments = parser.parse_args(argv)
 
     pipe = load_pipeline(arguments.model, arguments.device)
-    if arguments.crop < 1 or arguments.crop % pipe.config.scale:
-        parser.error(f"--crop has to be a positive multiple of {pipe.config.scale}, but is {arguments.crop}.")
-    if arguments.crops < 1:
-        parser.error(f"--crops has to be 1 or more, but is {arguments.crops}.")
+    if arguments.crop % pipe.config.scale:
+        parser.error(f"--crop has to be a multiple of {pipe.config.scale}, but is {arguments.crop}.")
     sets = {name: read_photographs(arguments.hr, getattr(arguments, f"{name}_patterns")) for name in patterns}
     if shared := {photo.name for photo in sets["fit"]} & {photo.name for photo in sets["test"]}:
         parser.error(f"--fit-patterns and --test-patterns both have {', '.join(sorted(shared))}.")

@@ -15,8 +15,7 @@ from diffusers_invsr.metrics import gradient_ratio, psnr_y, ssim_y
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the scripts import one another
-
-pytest.importorskip("kornia", reason="the degradation needs it")
+pytest.importorskip("kornia")
 
 import evaluation  # noqa: E402
 import paper_findings  # noqa: E402
@@ -258,6 +257,13 @@ def test_auto_start_keeps_fitting_and_testing_apart(auto, photos, tmp_path, caps
     with pytest.raises(SystemExit):
         auto.main(options(photos, tmp_path / "out", "--fit-patterns", "*.png", "--test-patterns", "kodim24.png"))
     assert "--fit-patterns and --test-patterns both have kodim24" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ("--crop", "--crops"))
+def test_sizes_are_positive(auto, photos, tmp_path, name, capsys):
+    with pytest.raises(SystemExit):
+        auto.main(options(photos, tmp_path / "out", name, "0"))
+    assert f"argument {name}: has to be 1 or more, but is 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("steps", ("249", "1001"))
