@@ -1,4 +1,4 @@
-"""A light random degradation of HR images: blur, x4 downsampling, Gaussian noise, JPEG.
+"""A light random degradation of HR images: blur, downsampling (by 4), Gaussian noise, JPEG.
 
 Stands alone (NumPy, SciPy, Pillow), so that an evaluation can make the very images that a model was trained for. All
 ranges are the constants below. It is lighter and simpler than the second-order pipeline of the published training.
@@ -28,9 +28,9 @@ def blur_kernel(sigma_x: float, sigma_y: float, angle: float) -> np.ndarray:
     return kernel / kernel.sum()
 
 
-def blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def blur(image: np.ndarray, rng: np.random.Generator, sigma: tuple[float, float] = BLUR_SIGMA) -> np.ndarray:
     """Blur a float image (height, width, 3) by a random Gaussian kernel, isotropic or not, with mirrored borders."""
-    low, high = np.log(BLUR_SIGMA)
+    low, high = np.log(sigma)
     sigma_x, sigma_y = np.exp(rng.uniform(low, high, size=2))
     if rng.random() >= ANISOTROPIC_PROBABILITY:
         return gaussian_filter(image, (sigma_x, sigma_x, 0), mode="mirror", radius=KERNEL_RADIUS)
@@ -43,35 +43,45 @@ def blur(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return result
 
 
-def degrade(hr: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def degrade(
+    hr: np.ndarray,
+    rng: np.random.Generator,
+    scale: int = SCALE,
+    blur_sigma: tuple[float, float] = BLUR_SIGMA,
+    noise_sigma: tuple[float, float] = NOISE_SIGMA,
+    jpeg_quality: tuple[int, int] = JPEG_QUALITY,
+) -> np.ndarray:
     """
     Make the low-resolution version of an image.
 
     Args:
-        hr (`np.ndarray`): RGB image of shape (height, width, 3), uint8, its sides multiples of `SCALE`.
+        hr (`np.ndarray`): RGB image of shape (height, width, 3), uint8, its sides multiples of `scale`.
         rng (`np.random.Generator`): Source of every random choice: the same state gives the same result.
+        scale (`int`, defaults to 4): HR size over LR size.
+        blur_sigma (`tuple[float, float]`), noise_sigma (`tuple[float, float]`), jpeg_quality (`tuple[int, int]`):
+            Other ranges than those of the training, in the units of the constants above; blur up to sigma 3.
 
     Returns:
-        `np.ndarray`: RGB image of shape (height // 4, width // 4, 3), uint8, after JPEG compression.
+        `np.ndarray`: RGB image of shape (height // scale, width // scale, 3), uint8, after JPEG compression.
 
     Raises:
-        ValueError: If the image is not an 8-bit RGB image, or a side is not a multiple of `SCALE`.
+        ValueError: If the image is not an 8-bit RGB image, or a side is not a multiple of `scale`.
     """
-    if hr.dtype != np.uint8 or hr.ndim != 3 or hr.shape[2] != 3 or hr.shape[0] % SCALE or hr.shape[1] % SCALE:
+    if hr.dtype != np.uint8 or hr.ndim != 3 or hr.shape[2] != 3 or hr.shape[0] % scale or hr.shape[1] % scale:
         raise ValueError(
-            f"`hr` has to be a uint8 RGB array with sides that are multiples of {SCALE}, but it is {hr.dtype} of"
+            f"`hr` has to be a uint8 RGB array with sides that are multiples of {scale}, but it is {hr.dtype} of"
             f" shape {hr.shape}."
         )
-    height, width = hr.shape[0] // SCALE, hr.shape[1] // SCALE
-    image = blur(hr.astype(np.float32), rng)
+    height, width = hr.shape[0] // scale, hr.shape[1] // scale
+    image = blur(hr.astype(np.float32), rng, blur_sigma)
     if rng.random() < 0.5:
-        image = image.reshape(height, SCALE, width, SCALE, 3).mean(axis=(1, 3))
+        image = image.reshape(height, scale, width, scale, 3).mean(axis=(1, 3))
     else:  # Pillow's bicubic is antialiased; mode "F" keeps the fractions
         planes = [Image.fromarray(image[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(3)]
         image = np.stack([np.asarray(plane) for plane in planes], axis=-1)
-    image = image + rng.normal(0, rng.uniform(*NOISE_SIGMA), size=image.shape)
+    image = image + rng.normal(0, rng.uniform(*noise_sigma), size=image.shape)
     image = Image.fromarray(np.clip(np.round(image), 0, 255).astype(np.uint8))
 
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=int(rng.integers(JPEG_QUALITY[0], JPEG_QUALITY[1] + 1)))
+    image.save(buffer, format="JPEG", quality=int(rng.integers(jpeg_quality[0], jpeg_quality[1] + 1)))
     return np.asarray(Image.open(buffer).convert("RGB"))

@@ -13,7 +13,8 @@ What differs from the published model, and why:
 - The autoencoder reduces by 4, not 8, so that latents have the resolution of the LR image and the predictor needs no
   downsampling. Its encoder is not learned but a PCA of 4x4 patches: exact from the first second, where a learned
   encoder would take most of the budget to get the colours right.
-- The prior is unconditional and learns only the noise levels that sampling visits (steps 1 to 260 of 1000).
+- The prior is unconditional and learns only the noise levels that sampling visits (steps 1 to 260 of 1000;
+  `--prior-steps` for more).
 - The predictor is trained with L2, then L1 of pixels besides. Without perceptual and adversarial losses the results
   are faithful but smooth.
 
@@ -45,7 +46,6 @@ from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
 
 STAGES = ("pool", "autoencoder", "prior", "predictor", "assemble")
 VALIDATION_PHOTOGRAPHS = (8, 15)  # of Kodak 1 to 16
-PRIOR_STEPS = 260  # the prior learns schedule indices 0 to 259
 LR_SIZES = (32, 48)  # patch sides in LR (and latent) pixels; the larger ones keep GroupNorm's statistics honest
 LARGE_PATCH_PROBABILITY = 0.2
 MODEL_CARD = {  # what every card of these weights has to say
@@ -68,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes-autoencoder", type=float, default=14, help="Training time of the decoder.")
     parser.add_argument("--minutes-prior", type=float, default=14, help="Training time of the diffusion prior.")
     parser.add_argument("--minutes-predictor", type=float, default=70, help="Training time of the noise predictor.")
+    parser.add_argument("--prior-steps", type=int, default=260, help="The prior learns steps 1 to this one of 1000.")
     parser.add_argument("--batch-size", type=int, default=16, help="Samples an iteration (of the small patch size).")
     parser.add_argument("--lr-autoencoder", type=float, default=2e-3, help="Peak learning rate of the decoder.")
     parser.add_argument("--lr-prior", type=float, default=8e-4, help="Peak learning rate of the prior.")
@@ -81,6 +82,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.kodak.is_dir():
         parser.error(f"the folder {args.kodak} (--kodak) does not exist.")
+    if not START_TIMESTEPS[0] <= args.prior_steps <= 1000:
+        parser.error(f"--prior-steps has to be from {START_TIMESTEPS[0]} to 1000, but is {args.prior_steps}.")
     missing = [n for n in range(1, 17) if not (args.kodak / f"kodim{n:02d}.png").is_file()]
     if missing:
         parser.error(f"the folder {args.kodak} lacks kodim{missing[0]:02d}.png; it needs kodim01.png to kodim16.png.")
@@ -339,14 +342,15 @@ def train_prior(args: argparse.Namespace) -> None:
     def draw() -> tuple[torch.Tensor, ...]:
         batch_size, side = crops.draw_size(args.batch_size)
         hr = crops.hr(batch_size, SCALE * side)
-        return hr, torch.randint(0, PRIOR_STEPS, (batch_size,), device=args.device), noise_like(hr)
+        return hr, torch.randint(0, args.prior_steps, (batch_size,), device=args.device), noise_like(hr)
 
     def loss_function(share: float, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"loss": denoising_loss(*batch)}
 
     def validate() -> dict[str, float]:
         noise = noise_like(held_back, torch.Generator().manual_seed(0))
-        indices = {i: torch.full((len(held_back),), i, device=args.device) for i in (49, 99, 199, 249)}
+        checked = [i for i in (49, 99, 199, 249, 299, 399) if i < args.prior_steps]
+        indices = {i: torch.full((len(held_back),), i, device=args.device) for i in checked}
         return {f"loss_{i + 1}": denoising_loss(held_back, index, noise).item() for i, index in indices.items()}
 
     train(args, "prior", unet, args.minutes_prior, args.lr_prior, draw, loss_function, validate)

@@ -1,0 +1,274 @@
+"""The scripts behind the tables of findings, on small crops of photographs with the embedded model."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES
+from PIL import Image
+
+from diffusers_invsr import TINY
+from diffusers_invsr.metrics import gradient_ratio, psnr_y, ssim_y
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the scripts import one another
+pytest.importorskip("kornia")
+
+import evaluation  # noqa: E402
+import paper_findings  # noqa: E402
+import snr_threshold  # noqa: E402
+import train_tiny  # noqa: E402
+from simple_degradation import degrade  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for name in ("kodim20", "kodim24"):
+        Image.open(FIXTURES / "photos" / f"{name}_hr.png").crop((64, 64, 128, 128)).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return evaluation.load_pipeline(TINY, "cpu")
+
+
+def options(photos: Path, output: Path, *others: str) -> list[str]:
+    return ["--hr", str(photos), "--output", str(output), "--device", "cpu", *others]
+
+
+def keys(file: Path) -> list[tuple]:
+    return [tuple(json.loads(line)["key"]) for line in file.read_text().splitlines()[1:]]
+
+
+def test_gradient_ratio():
+    ramp = np.tile(np.arange(0, 120, 4, dtype=np.uint8)[:, None, None], (1, 30, 3))
+    assert gradient_ratio(ramp, ramp) == 1
+    assert gradient_ratio(ramp // 2, ramp) == pytest.approx(0.5)
+    assert gradient_ratio(ramp.transpose(1, 0, 2), ramp) == pytest.approx(1)
+
+
+def test_the_simple_degradation_keeps_its_seeds(photos):
+    photo = evaluation.read_photographs(photos, ["*.png"])[1]
+    lr = evaluation.make_lr("simple", photo.hr, [3, photo.number])
+    assert np.array_equal(lr, degrade(np.array(photo.hr), np.random.default_rng([3, 1])))
+
+
+@pytest.mark.parametrize("scale", (2, 3, 6))
+@pytest.mark.parametrize("degradation", ("test", "training", "simple", "blur", "noise"))
+def test_degradations_are_reproducible_at_every_scale(degradation, scale):
+    hr = Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 168, 3), dtype=np.uint8))
+    lr = evaluation.make_lr(degradation, hr, [0, 1], scale)
+    assert lr.size == (168 // scale, 120 // scale)
+    assert np.array_equal(lr, evaluation.make_lr(degradation, hr, [0, 1], scale))
+    assert not np.array_equal(lr, evaluation.make_lr(degradation, hr, [0, 2], scale))
+
+
+def test_blur_and_noise_are_what_they_say():
+    hr = Image.fromarray(
+        np.tile(np.where(np.arange(128) % 32 < 16, 60, 200).astype(np.uint8)[None, :, None], (128, 1, 3))
+    )
+    clean = np.array(hr.resize((32, 32), Image.Resampling.BOX), dtype=float)
+    error = {name: np.array(evaluation.make_lr(name, hr, [0, 0]), dtype=float) - clean for name in ("blur", "noise")}
+    along_edges = {name: np.std(x, axis=0).mean() for name, x in error.items()}  # constant but for the noise
+    assert along_edges["noise"] > 10 > 2 > along_edges["blur"]
+    across = {name: np.abs(x.mean(axis=0)).max() for name, x in error.items()}
+    assert across["blur"] > 25 > across["noise"]
+
+
+@pytest.mark.parametrize("logvar, spread", [(0.0, 1.0), (-30.0, 0.0)])
+def test_constant_noise(tiny, logvar, spread):
+    noise = evaluation.with_constant_noise(tiny, logvar).noise_predictor(torch.rand(1, 3, 16, 16), 199).latent_dist
+    assert noise.mean.abs().max() == 0
+    assert torch.allclose(noise.std, torch.tensor(spread), atol=1e-6)
+    assert tiny.noise_predictor(torch.rand(1, 3, 16, 16), 199).latent_dist.mean.abs().max() > 0
+
+
+def test_differences():
+    difference = evaluation.Difference.of([2.0, 3.0, 5.0], [1.0, 1.0, 1.0])
+    assert difference.mean == pytest.approx(7 / 3)
+    assert difference.error == pytest.approx(np.std([1, 2, 4], ddof=1) / 3**0.5)
+    assert difference.sign == 0  # 2.65 standard errors, but of three pairs
+    assert evaluation.Difference.of([2.0, 2.1, 1.9], [1.0, 1.0, 1.0]).sign == 1
+    assert evaluation.Difference.of([1.0, 1.0, 1.0], [2.0, 2.1, 1.9]).sign == -1
+    assert evaluation.Difference.of([2.0], [1.0]).sign is None
+    assert evaluation.Difference.of([1.0, 2.0], [1.0, 2.0]).sign == 0
+
+
+@pytest.mark.parametrize(
+    "means, words",
+    [
+        ((0.5, 0.3), "confirmed here, +0.300"),
+        ((0.5, 0.01), "not confirmed here (1 of 2 clearly so, 0 clearly the reverse), +0.010"),
+        ((0.5, -0.5), "not confirmed here (1 of 2 clearly so, 1 clearly the reverse), -0.500"),
+    ],
+)
+def test_verdicts_follow_from_the_differences(means, words):
+    question = paper_findings.Question("", [("a", "b"), ("c", "d")])
+    differences = [{"psnr_y": evaluation.Difference(mean, 0.05, 8)} for mean in means]
+    verdict = paper_findings.verdict(question, differences, "psnr_y")
+    assert verdict.startswith(f"PSNR Y: {words}") and verdict.endswith("the smallest, of c − d")
+
+
+def test_tables_are_complete():
+    for tables in paper_findings.TABLES.values():
+        for table in tables:
+            assert {label for q in table.questions for pair in q.pairs for label in pair} <= set(table.rows)
+    runs = {run for tables in paper_findings.TABLES.values() for table in tables for run in table.rows.values()}
+    assert len({(run.degradation, run.scale, run.name) for run in runs}) == len(runs)
+
+
+@pytest.mark.slow
+def test_findings(tiny, photos, tmp_path):
+    scores = tmp_path / "scores.jsonl"
+    paper_findings.main(options(photos, tmp_path, "--tables", "main"))
+    first = keys(scores)
+    assert len(first) == len(set(first)) == 2 * 2 * 6  # photographs, degradations, rows
+
+    # The table's numbers are those of the pipeline's results.
+    one_step, bicubic = [], []
+    for number, name in enumerate(("kodim20", "kodim24")):
+        hr = Image.open(photos / f"{name}.png")
+        lr = Image.fromarray(degrade(np.array(hr), np.random.default_rng([0, number])))
+        result = tiny(lr, tile_size=None, generator=torch.Generator().manual_seed(0)).images[0]
+        one_step.append([metric(np.array(result), np.array(hr)) for metric in (psnr_y, ssim_y)])
+        bicubic.append(psnr_y(np.array(lr.resize(hr.size, Image.Resampling.BICUBIC)), np.array(hr)))
+        assert np.array_equal(lr, Image.open(tmp_path / "pictures" / f"{name}_simple_x4_lr.png"))
+    table = json.loads((tmp_path / "findings.json").read_text())["tables"][1]
+    row = table["means"]["predicted noise, 1 step [200]"]
+    assert (row["psnr_y"], row["ssim_y"]) == pytest.approx(tuple(np.mean(one_step, axis=0)))
+    pair = table["questions"][0]["pairs"][0]
+    assert pair["psnr_y"]["mean"] == pytest.approx(np.mean([x[0] for x in one_step]) - np.mean(bicubic))
+    text = (tmp_path / "findings.md").read_text()
+    assert f"| predicted noise, 1 step [200] | {row['psnr_rgb']:.2f} | {row['psnr_y']:.2f} |" in text
+
+    # Going on after a kill: the half line is computed anew, rows that other tables share are not.
+    scores.write_text(scores.read_text()[:-10])
+    paper_findings.main(options(photos, tmp_path, "--tables", "main", "scales"))
+    both = keys(scores)
+    assert len(both) == len(set(both)) and both[: len(first) - 1] == first[:-1]
+    assert len(both) == len(first) + 2 * 2 * 3 * 2  # photographs, degradations, the other three scales, rows
+    assert len(json.loads((tmp_path / "findings.json").read_text())["tables"]) == 4
+
+    with pytest.raises(SystemExit, match=r"scores of another seed: choose another --output"):
+        paper_findings.main(options(photos, tmp_path, "--tables", "main", "--seed", "1"))
+
+
+def test_findings_without_photographs(tmp_path):
+    with pytest.raises(SystemExit, match=r"holds no file \*\.tif"):
+        paper_findings.main(options(tmp_path, tmp_path / "out", "--patterns", "*.tif"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("start", (250, 100))
+def test_one_step_is_that_of_the_pipeline(tiny, photos, start):
+    lr = Image.open(photos / "kodim20.png").resize((16, 16))
+    expected = tiny(lr, timesteps=[start], tile_size=None, generator=torch.Generator().manual_seed(5)).images[0]
+    result = snr_threshold.one_step(tiny, lr, start, seed=5)
+    assert np.abs(np.array(result, dtype=int) - np.array(expected, dtype=int)).max() <= 1
+
+
+def test_the_quality_turns_where_it_is_clearly_worse():
+    quality = {100: [20.0, 25.0, 30.0], 200: [20.5, 25.4, 30.6], 300: [20.5, 25.3, 30.6], 400: [19.5, 24.4, 29.6]}
+    text, data = snr_threshold.turning_point([100, 200, 300, 400], quality, "psnr_y")
+    assert (data["best"], data["turn"]) == (200, 400)
+    assert text.startswith("PSNR Y: best at start 200; with more noise, start 400 is the first that is clearly worse")
+    text, data = snr_threshold.turning_point([100, 200], quality, "psnr_y")
+    assert data["turn"] is None and "up to 200, is clearly worse" in text
+
+
+@pytest.mark.slow
+def test_snr_threshold(photos, tmp_path):
+    arguments = options(photos, tmp_path, "--model", TINY, "--degradations", "simple", "--starts", "400", "100")
+    snr_threshold.main(arguments)
+    scores = keys(tmp_path / "scores.jsonl")
+    assert len(scores) == len(set(scores)) == 2 * 2 * 2  # photographs, noises, starts
+    rows = json.loads((tmp_path / "threshold.json").read_text())["degradations"][0]["starts"]
+    assert [row["start"] for row in rows] == [100, 400]
+    assert rows[0]["snr"] == pytest.approx(8.57, abs=0.01) and rows[1]["snr"] == pytest.approx(0.74, abs=0.01)
+    snr_threshold.main(arguments)
+    assert keys(tmp_path / "scores.jsonl") == scores
+
+
+@pytest.mark.parametrize("starts", (["0"], ["1001", "50"]))
+def test_snr_threshold_knows_its_range(photos, tmp_path, starts, capsys):
+    with pytest.raises(SystemExit):
+        snr_threshold.main(options(photos, tmp_path / "out", "--model", TINY, "--starts", *starts))
+    assert "--starts have to be from 1 to 1000" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def auto():
+    pytest.importorskip("pywt", reason="scikit-image's noise estimate needs PyWavelets")
+    import fit_auto_start
+
+    return fit_auto_start
+
+
+def test_features_tell_noise_and_blur(auto):
+    photo = Image.open(FIXTURES / "photos" / "kodim24_hr.png")
+    clean = np.array(photo, dtype=float)
+    noise = 15 * np.random.default_rng(0).standard_normal(clean.shape)
+    noisy = Image.fromarray((clean + noise).clip(0, 255).astype(np.uint8))
+    blurred = photo.resize((128, 128), Image.Resampling.BOX).resize(photo.size, Image.Resampling.BICUBIC)
+    sharp, noisy, blurred = (dict(zip(auto.FEATURES, auto.features(x))) for x in (photo, noisy, blurred))
+    assert noisy["noise"] == pytest.approx(np.log1p(15), abs=0.25) and noisy["noise"] > sharp["noise"] + 0.3
+    for name, sign in (("gradient ratio of two scales", 1), ("Laplacian without noise", -1)):
+        assert sign * (blurred[name] - sharp[name]) > 0.2
+    assert auto.features(Image.new("RGB", (64, 64), "grey")) == pytest.approx([0, 0, 0, 0])
+
+
+def test_the_rule_finds_what_the_scores_follow(auto):
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((200, 4)) * [1, 5, 1, 1] + [0, 3, 0, 0]
+    starts = (250, 200, 150, 100)
+    gain = np.outer((inputs[:, 1] - 3) / 5, (1.5, 0.5, -0.5, -1.5)) + 0.01 * rng.standard_normal((200, 4))
+    scores = np.stack([30 + 3 * rng.standard_normal((200, 1)) + gain, 0.8 + 0.01 * gain], axis=2)
+    rule = auto.Rule.fit(inputs[:100], scores[:100], starts)
+    choice, expected = rule.choose(inputs[100:]), np.where(inputs[100:, 1] > 3, 0, 3)
+    assert (choice == expected).mean() > 0.95
+
+
+@pytest.mark.slow
+def test_auto_start(auto, photos, tmp_path):
+    patterns = ["--fit-patterns", "kodim20.png", "--test-patterns", "kodim24.png"]
+    arguments = options(photos, tmp_path, *patterns, "--crop", "56", "--crops", "1")
+    auto.main(arguments)
+    files = [tmp_path / f"{name}_scores.jsonl" for name in ("fit", "test")]
+    before = [keys(file) for file in files]
+    assert [len(found) for found in before] == [len(auto.DEGRADATIONS)] * 2
+    data = json.loads((tmp_path / "auto_start.json").read_text())
+    records = [json.loads(line)["scores"] for line in files[1].read_text().splitlines()[1:]]
+    for start in (250, 200, 150, 100):
+        expected = np.mean([record[str(start)]["psnr_y"] for record in records])
+        assert data["test"]["means"][f"start {start}"]["psnr_y"] == pytest.approx(expected)
+    best = np.mean([max(record[str(s)]["ssim_y"] for s in (250, 200, 150, 100)) for record in records])
+    assert data["test"]["means"]["best start of each image"]["ssim_y"] == pytest.approx(best)
+    assert sum(data["test"]["chosen"].values()) == len(records)
+    auto.main(arguments)
+    assert [keys(file) for file in files] == before
+
+
+def test_auto_start_keeps_fitting_and_testing_apart(auto, photos, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        auto.main(options(photos, tmp_path / "out", "--fit-patterns", "*.png", "--test-patterns", "kodim24.png"))
+    assert "--fit-patterns and --test-patterns both have kodim24" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ("--crop", "--crops"))
+def test_sizes_are_positive(auto, photos, tmp_path, name, capsys):
+    with pytest.raises(SystemExit):
+        auto.main(options(photos, tmp_path / "out", name, "0"))
+    assert f"argument {name}: has to be 1 or more, but is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", ("249", "1001"))
+def test_prior_steps(tmp_path, steps, capsys):
+    arguments = ["--kodak", str(tmp_path), "--work", str(tmp_path), "--output", str(tmp_path), "--prior-steps", steps]
+    with pytest.raises(SystemExit):
+        train_tiny.parse_args(arguments)
+    assert f"--prior-steps has to be from 250 to 1000, but is {steps}." in capsys.readouterr().err
