@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """
-Make the HR images that the embedded model is trained on: pieces of photographs, and procedural images.
+Make HR images for training a small model by `train_invsr.py`: pieces of photographs, and procedural images.
 
     python make_training_images.py --photos kodak/ --patterns 'kodim0?.png' 'kodim1[0-6].png' --output images/
 
@@ -24,7 +24,9 @@ STRIDE = 128  # between pieces of a photograph
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make the HR images that the embedded model is trained on.")
+    parser = argparse.ArgumentParser(
+        description="Make HR images for training: pieces of photographs, and procedural images."
+    )
     parser.add_argument("--photos", type=Path, required=True, help="Folder of photographs.")
     parser.add_argument("--patterns", nargs="+", default=["*.png", "*.jpg"], help="Patterns of files in it.")
     parser.add_argument("--output", type=Path, required=True, help="Folder to write; it may not exist yet.")
@@ -73,13 +75,17 @@ def main(argv: list[str] | None = None) -> None:
         root = Path(temporary, "new")
         for name in ("photographs", "procedural"):
             (root / name).mkdir(parents=True)
-        pieces = sum(cut_photograph(file, root / "photographs") for file in args.files)
+        pieces = {file: cut_photograph(file, root / "photographs") for file in args.files}
+        small = [file.name for file in args.files if not pieces[file]]
+        if small:
+            raise SystemExit(f"`--photos` have to be at least {SIDE} pixels high and wide, but {small[0]} is not.")
         jobs = [(args.seed, number, root / "procedural") for number in range(args.count)]
         with get_context("spawn").Pool(args.processes) as pool:
             for _ in pool.imap_unordered(draw_procedural, jobs, chunksize=8):
                 pass
         root.rename(args.output)
-    print(f"{pieces} pieces of {len(args.files)} photographs and {args.count} procedural images in {args.output}")
+    counts = f"{sum(pieces.values())} pieces of {len(pieces)} photographs and {args.count} procedural images"
+    print(f"{counts} in {args.output}")
 
 
 if __name__ == "__main__":

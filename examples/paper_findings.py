@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from evaluation import (
+from findings_common import (
     METRICS,
     Difference,
     Photograph,

@@ -65,11 +65,13 @@ def main():
     arguments = parser.parse_args()
 
     found = [name for name in PUBLISHED if (arguments.sets / name / "lq").is_dir()]
+    if not found:
+        folders = ", ".join(str(arguments.sets / name / "lq") for name in PUBLISHED)
+        parser.error(f"--sets {arguments.sets} has to hold at least one of {folders}, but has none")
     measured, refused = {}, {}
-    if found:
-        device, dtype = choose_device(arguments.device, arguments.dtype)
-        pipe = load_pipeline(arguments.model, device, dtype)
-        pipe.set_progress_bar_config(disable=True)
+    device, dtype = choose_device(arguments.device, arguments.dtype)
+    pipe = load_pipeline(arguments.model, device, dtype)
+    pipe.set_progress_bar_config(disable=True)
     for name in found:
         folder = arguments.sets / name
         has_gt = (folder / "gt").is_dir()
@@ -97,7 +99,7 @@ def main():
     table = comparison(measured)
     write_atomically(arguments.output / "comparison.md", table)
     print(table)
-    if refused:
+    if refused or any(evaluation.failed for evaluation in measured.values()):
         raise SystemExit(1)
 
 

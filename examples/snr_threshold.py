@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evaluation import (
+from findings_common import (
     METRICS,
     PAPER_DEGRADATIONS,
     SIMPLE_DEGRADATIONS,

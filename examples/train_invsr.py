@@ -173,6 +173,9 @@ def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSetting
         unknown = sorted(set(values) - set(types))
         if unknown:
             parser.error(f"{argv[0]} has settings that do not exist: {', '.join(unknown)}.")
+        # A list of one may be written without its brackets
+        lists = [name for name in values if str(types[name]).startswith("list") and not isinstance(values[name], list)]
+        values |= {name: [values[name]] for name in lists}
         # YAML takes 5e-5 for a text; argparse turns texts into what the setting is
         parser.set_defaults(**values)
         argv = argv[1:]
@@ -188,8 +191,6 @@ def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSetting
             except ValueError:
                 parser.error(f"--{name} has to be JSON, but is {getattr(model, name)!r}.")
 
-    if isinstance(data.train_data, str):  # one source in the file
-        data.train_data = [data.train_data]
     if not data.train_data:
         parser.error("--train_data has to name at least one source of images.")
     for name in ("max_iterations", "batch_size", "gradient_accumulation_steps", "max_skipped_steps", "log_every"):
@@ -198,10 +199,11 @@ def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSetting
     for name in ("validate_every", "checkpoint_every", "keep_checkpoints"):
         if getattr(run, name) < 1:
             parser.error(f"--{name} has to be at least 1, but is {getattr(run, name)}.")
-    if not run.start_timesteps or len(set(run.start_timesteps)) < len(run.start_timesteps):
-        parser.error(f"--start_timesteps has to name different steps, but is {run.start_timesteps}.")
-    if min(run.start_timesteps) < 1 or max(run.start_timesteps) > 1000:
-        parser.error(f"--start_timesteps have to be in 1 ... 1000, but are {run.start_timesteps}.")
+    starts = run.start_timesteps
+    if not starts or not all(isinstance(start, int) and 1 <= start <= 1000 for start in starts):
+        parser.error(f"--start_timesteps have to be integers in 1 ... 1000, but are {starts}.")
+    if len(set(starts)) < len(starts):
+        parser.error(f"--start_timesteps has to name different steps, but is {starts}.")
     if run.lpips_weight and not model.latent_lpips:
         parser.error("--latent_lpips is needed, or `--lpips_weight 0`: see examples/train_latent_lpips.py.")
     if data.latent_cache and data.crops_per_image is None:
@@ -336,9 +338,10 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
         configure_deepspeed(deepspeed.deepspeed_config, run)
         dis_accelerator = Accelerator(gradient_accumulation_plugin=accumulation)  # one for each network
     checkpoints = Checkpoints(output, accelerator, run.keep_checkpoints)
-    if run.resume is None and checkpoints.list():
+    elsewhere = run.resume not in (None, "latest") and Path(run.resume).resolve().parent != output.resolve()
+    if (run.resume is None or elsewhere) and checkpoints.list():
         raise ValueError(
-            f"`output_dir={run.output_dir!r}` holds checkpoints of an earlier run: continue it with `--resume latest`,"
+            f"`output_dir={run.output_dir!r}` holds checkpoints of another run: continue it with `--resume latest`,"
             " or choose another folder."
         )
     output.mkdir(parents=True, exist_ok=True)
@@ -417,6 +420,8 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     fixed = {  # what a run cannot change half way
         "num_processes": accelerator.num_processes,
         "zero_stage": None if deepspeed is None else deepspeed.zero_stage,
+        "fsdp": accelerator.distributed_type == DistributedType.FSDP,
+        "discriminator": discriminator is not None,
         **{name: getattr(run, name) for name in FIXED_RUN_SETTINGS},
         **{name: getattr(data, name) for name in ("train_data", "crop_size", "crops_per_image", "num_workers")},
     }
@@ -457,7 +462,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
         pool.load_state_dict(state["pool"])
         meter.load_state_dict(state["meter"])
         skip_report.load_state_dict(state["skip_report"])
-        progress = stored["progress"]
+        progress |= stored["progress"]
         logger.info(f"Resuming at iteration {progress['iteration']} from {checkpoint}.")
     elif run.resume is not None:
         logger.info(f"There is no checkpoint in {output} yet: the run starts anew.")

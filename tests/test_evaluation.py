@@ -169,8 +169,50 @@ def test_it_goes_on_at_the_image_where_it_was(folder, pipe):
     resumed = evaluate_fast(pipe)
     assert resumed.runs == whole.runs
     assert first.stat().st_mtime_ns == first_time
-    assert Path("out/200/images/b.png").stat().st_mtime_ns == second_time
+    assert Path("out/200/images/b.png").stat().st_mtime_ns != second_time  # nobody knew what it was made of
     assert [json.loads(line)["image"] for line in records.read_text().splitlines()] == list(NAMES)
+
+
+def test_a_result_of_unknown_inputs_is_made_anew(folder, pipe):
+    whole = evaluate_fast(pipe, "whole", limit=1)
+    save(Image.new("RGB", (64, 48), "red"), "out/200/images", "a")
+    Path("out/settings.json").write_bytes(Path("whole/settings.json").read_bytes())
+    assert evaluate_fast(pipe, limit=1).runs == whole.runs
+
+
+def test_overwriting_leaves_nothing_of_the_evaluation_before(folder, pipe):
+    save_sheets(evaluate_fast(pipe), Path("out"))
+    Path("out/200/records.jsonl").unlink()
+    evaluate_fast(pipe, limit=1, overwrite=True)
+    assert not list(Path("out").rglob("b.png")) and not Path("out/grids").exists()
+
+
+def test_a_result_that_changed_after_it_was_measured_is_refused(folder, pipe):
+    evaluate_fast(pipe, limit=1)
+    save(Image.new("RGB", (64, 48), "red"), "out/200/images", "a")
+    with pytest.raises(ValueError, match="`result` has to have the images with which out was begun, but .*a.png has"):
+        evaluate_fast(pipe, limit=1)
+
+
+def test_a_last_line_without_its_end_is_completed(folder, pipe):
+    whole = evaluate_fast(pipe)
+    records = Path("out/200/records.jsonl")
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[:2]).rstrip("\n"))
+    assert evaluate_fast(pipe).runs == whole.runs
+    assert [json.loads(line)["image"] for line in records.read_text().splitlines()] == list(NAMES)
+
+
+def test_the_output_may_not_lie_among_the_inputs(folder, pipe):
+    with pytest.raises(ValueError, match="`out` has to be outside of `lq`"):
+        evaluate_fast(pipe, "lq/out")
+
+
+def test_a_border_that_leaves_nothing_has_no_number(folder):
+    evaluation = evaluate("out", gt="gt", results="other", metrics=FAST, crop_border=24)
+    assert "psnr_y" not in evaluation.runs[0].images["a"]
+    assert "`crop_border=24` leaves nothing of 64x48" in Path("out/results.md").read_text()
+    with pytest.raises(ValueError, match="`crop_border` has to be an integer of 0 or more, but is 1.5"):
+        evaluate("new", gt="gt", results="other", metrics=FAST, crop_border=1.5)
 
 
 @pytest.mark.slow

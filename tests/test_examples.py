@@ -11,16 +11,19 @@ from conftest import FIXTURES
 from PIL import Image
 
 from diffusers_invsr import TINY
-from diffusers_invsr.metrics import gradient_ratio, psnr_y, ssim_y
+from diffusers_invsr.metrics import psnr_y, ssim_y
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the scripts import one another
 pytest.importorskip("kornia")
 
-import evaluation  # noqa: E402
+import findings_common  # noqa: E402
+import make_training_images  # noqa: E402
 import paper_findings  # noqa: E402
+import reproduce_paper  # noqa: E402
 import snr_threshold  # noqa: E402
 import train_tiny  # noqa: E402
+from procedural import make_image  # noqa: E402
 from simple_degradation import degrade  # noqa: E402
 
 
@@ -34,7 +37,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny():
-    return evaluation.load_pipeline(TINY, "cpu")
+    return findings_common.load_pipeline(TINY, "cpu")
 
 
 def options(photos: Path, output: Path, *others: str) -> list[str]:
@@ -45,16 +48,9 @@ def keys(file: Path) -> list[tuple]:
     return [tuple(json.loads(line)["key"]) for line in file.read_text().splitlines()[1:]]
 
 
-def test_gradient_ratio():
-    ramp = np.tile(np.arange(0, 120, 4, dtype=np.uint8)[:, None, None], (1, 30, 3))
-    assert gradient_ratio(ramp, ramp) == 1
-    assert gradient_ratio(ramp // 2, ramp) == pytest.approx(0.5)
-    assert gradient_ratio(ramp.transpose(1, 0, 2), ramp) == pytest.approx(1)
-
-
 def test_the_simple_degradation_keeps_its_seeds(photos):
-    photo = evaluation.read_photographs(photos, ["*.png"])[1]
-    lr = evaluation.make_lr("simple", photo.hr, [3, photo.number])
+    photo = findings_common.read_photographs(photos, ["*.png"])[1]
+    lr = findings_common.make_lr("simple", photo.hr, [3, photo.number])
     assert np.array_equal(lr, degrade(np.array(photo.hr), np.random.default_rng([3, 1])))
 
 
@@ -62,10 +58,10 @@ def test_the_simple_degradation_keeps_its_seeds(photos):
 @pytest.mark.parametrize("degradation", ("test", "training", "simple", "blur", "noise"))
 def test_degradations_are_reproducible_at_every_scale(degradation, scale):
     hr = Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 168, 3), dtype=np.uint8))
-    lr = evaluation.make_lr(degradation, hr, [0, 1], scale)
+    lr = findings_common.make_lr(degradation, hr, [0, 1], scale)
     assert lr.size == (168 // scale, 120 // scale)
-    assert np.array_equal(lr, evaluation.make_lr(degradation, hr, [0, 1], scale))
-    assert not np.array_equal(lr, evaluation.make_lr(degradation, hr, [0, 2], scale))
+    assert np.array_equal(lr, findings_common.make_lr(degradation, hr, [0, 1], scale))
+    assert not np.array_equal(lr, findings_common.make_lr(degradation, hr, [0, 2], scale))
 
 
 def test_blur_and_noise_are_what_they_say():
@@ -73,7 +69,9 @@ def test_blur_and_noise_are_what_they_say():
         np.tile(np.where(np.arange(128) % 32 < 16, 60, 200).astype(np.uint8)[None, :, None], (128, 1, 3))
     )
     clean = np.array(hr.resize((32, 32), Image.Resampling.BOX), dtype=float)
-    error = {name: np.array(evaluation.make_lr(name, hr, [0, 0]), dtype=float) - clean for name in ("blur", "noise")}
+    error = {
+        name: np.array(findings_common.make_lr(name, hr, [0, 0]), dtype=float) - clean for name in ("blur", "noise")
+    }
     along_edges = {name: np.std(x, axis=0).mean() for name, x in error.items()}  # constant but for the noise
     assert along_edges["noise"] > 10 > 2 > along_edges["blur"]
     across = {name: np.abs(x.mean(axis=0)).max() for name, x in error.items()}
@@ -82,21 +80,23 @@ def test_blur_and_noise_are_what_they_say():
 
 @pytest.mark.parametrize("logvar, spread", [(0.0, 1.0), (-30.0, 0.0)])
 def test_constant_noise(tiny, logvar, spread):
-    noise = evaluation.with_constant_noise(tiny, logvar).noise_predictor(torch.rand(1, 3, 16, 16), 199).latent_dist
+    noise = (
+        findings_common.with_constant_noise(tiny, logvar).noise_predictor(torch.rand(1, 3, 16, 16), 199).latent_dist
+    )
     assert noise.mean.abs().max() == 0
     assert torch.allclose(noise.std, torch.tensor(spread), atol=1e-6)
     assert tiny.noise_predictor(torch.rand(1, 3, 16, 16), 199).latent_dist.mean.abs().max() > 0
 
 
 def test_differences():
-    difference = evaluation.Difference.of([2.0, 3.0, 5.0], [1.0, 1.0, 1.0])
+    difference = findings_common.Difference.of([2.0, 3.0, 5.0], [1.0, 1.0, 1.0])
     assert difference.mean == pytest.approx(7 / 3)
     assert difference.error == pytest.approx(np.std([1, 2, 4], ddof=1) / 3**0.5)
     assert difference.sign == 0  # 2.65 standard errors, but of three pairs
-    assert evaluation.Difference.of([2.0, 2.1, 1.9], [1.0, 1.0, 1.0]).sign == 1
-    assert evaluation.Difference.of([1.0, 1.0, 1.0], [2.0, 2.1, 1.9]).sign == -1
-    assert evaluation.Difference.of([2.0], [1.0]).sign is None
-    assert evaluation.Difference.of([1.0, 2.0], [1.0, 2.0]).sign == 0
+    assert findings_common.Difference.of([2.0, 2.1, 1.9], [1.0, 1.0, 1.0]).sign == 1
+    assert findings_common.Difference.of([1.0, 1.0, 1.0], [2.0, 2.1, 1.9]).sign == -1
+    assert findings_common.Difference.of([2.0], [1.0]).sign is None
+    assert findings_common.Difference.of([1.0, 2.0], [1.0, 2.0]).sign == 0
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_differences():
 )
 def test_verdicts_follow_from_the_differences(means, words):
     question = paper_findings.Question("", [("a", "b"), ("c", "d")])
-    differences = [{"psnr_y": evaluation.Difference(mean, 0.05, 8)} for mean in means]
+    differences = [{"psnr_y": findings_common.Difference(mean, 0.05, 8)} for mean in means]
     verdict = paper_findings.verdict(question, differences, "psnr_y")
     assert verdict.startswith(f"PSNR Y: {words}") and verdict.endswith("the smallest, of c − d")
 
@@ -264,6 +264,38 @@ def test_sizes_are_positive(auto, photos, tmp_path, name, capsys):
     with pytest.raises(SystemExit):
         auto.main(options(photos, tmp_path / "out", name, "0"))
     assert f"argument {name}: has to be 1 or more, but is 0" in capsys.readouterr().err
+
+
+def test_training_images(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 384, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photos" / "a.png")
+    arguments = ["--photos", str(tmp_path / "photos"), "--count", "1", "--processes", "1"]
+    make_training_images.main([*arguments, "--output", str(tmp_path / "images")])
+    assert "8 pieces of 1 photographs and 1 procedural images" in capsys.readouterr().out
+    turned = np.array(Image.open(tmp_path / "images" / "photographs" / "a_0000_0128_1.png"))
+    assert np.array_equal(turned, np.rot90(pixels[:, 128:]))
+    drawn = np.array(Image.open(tmp_path / "images" / "procedural" / "00000.png"))
+    assert np.array_equal(drawn, make_image(np.random.default_rng((0, 0))))
+
+    Image.new("RGB", (255, 400)).save(tmp_path / "photos" / "b.png")
+    with pytest.raises(SystemExit, match="`--photos` have to be at least 256 pixels high and wide, but b.png is not"):
+        make_training_images.main([*arguments, "--output", str(tmp_path / "others")])
+    assert not (tmp_path / "others").exists()
+
+
+def test_the_tables_of_the_paper(photos, tmp_path, monkeypatch, capsys):
+    arguments = ["--sets", str(tmp_path), "--output", str(tmp_path / "out"), "--model", "tiny", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["reproduce_paper.py", *arguments])
+    with pytest.raises(SystemExit):
+        reproduce_paper.main()
+    assert "has to hold at least one of" in capsys.readouterr().err
+    (tmp_path / "RealSR" / "lq").mkdir(parents=True)
+    Image.open(photos / "kodim20.png").resize((16, 16)).save(tmp_path / "RealSR" / "lq" / "a.png")
+    reproduce_paper.main()
+    table = capsys.readouterr().out
+    assert "| RealSR | 200 | NIQE | 4.22 | not measured here |" in table
+    assert (tmp_path / "out" / "comparison.md").read_text() in table
 
 
 @pytest.mark.parametrize("steps", ("249", "1001"))

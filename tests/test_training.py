@@ -233,6 +233,8 @@ def test_a_resumed_run_takes_the_settings_it_is_given(script, settings, uninterr
     shutil.copytree(uninterrupted, output)
     with pytest.raises(SystemExit, match="`max_iterations=5` has to be at least 6, the iterations that the run"):
         script.main([settings, "--output_dir", str(output), "--resume", "latest", "--max_iterations", "5"])
+    with pytest.raises(SystemExit, match="`discriminator=False` contradicts the run to resume, where it is True"):
+        script.main([settings, "--output_dir", str(output), "--resume", "latest", "--adversarial_weight", "0"])
     options = ["--max_iterations", "7", "--learning_rate", "1e-9", "--ema_decay", "0"]
     script.main([settings, "--output_dir", str(output), "--resume", "latest", *options])
     assert read_log(output / "log.jsonl")[-1]["learning_rate"] == 1e-9
@@ -242,6 +244,13 @@ def test_a_resumed_run_takes_the_settings_it_is_given(script, settings, uninterr
     average = load_file(output / "pipeline" / "noise_predictor" / "diffusion_pytorch_model.safetensors")
     last = load_file(output / "checkpoint-7" / "model.safetensors")
     assert all(torch.allclose(value, last[key], rtol=0, atol=1e-6) for key, value in average.items())
+
+
+def test_a_run_does_not_mix_with_another_one(script, settings, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "other")
+    with pytest.raises(SystemExit, match="`output_dir=.*` holds checkpoints of another run"):
+        checkpoint = str(uninterrupted / "checkpoint-2")
+        script.main([settings, "--output_dir", str(tmp_path / "other"), "--resume", checkpoint])
 
 
 @pytest.mark.parametrize("last", [{"psnr_y/1_step": 24.0, "lpips/1_step": 0.3}, {"psnr_y/1_step": 24.0}])
@@ -429,7 +438,7 @@ def test_cached_latents_train_the_same(script, settings, tmp_path):
     [
         (["--batch_size", "0"], "--batch_size has to be at least 1, but is 0"),
         (["--start_timesteps", "200", "200"], "--start_timesteps has to name different steps"),
-        (["--start_timesteps", "1001"], "--start_timesteps have to be in 1 ... 1000"),
+        (["--start_timesteps", "1001"], "--start_timesteps have to be integers in 1 ... 1000"),
         (["--latent_cache", "x"], "--latent_cache needs --crops_per_image"),
         (["--lpips_weight", "1", "--latent_lpips", ""], "--latent_lpips is needed"),
         (["--no-such-setting", "1"], "there is no such setting: --no-such-setting 1"),
@@ -459,6 +468,10 @@ def test_eight_bits_need_bitsandbytes(script, settings, tmp_path):
     [
         ("learning_rat: 1.0e-4", "has settings that do not exist: learning_rat"),
         ("", "has to hold settings, `name: value`, but does not"),
+        (
+            "{train_data: x, start_timesteps: [a]}",
+            "--start_timesteps have to be integers in 1 ... 1000, but are ['a']",
+        ),
         ("{", "cannot be read as a YAML file of settings"),
         (None, "is not a file with settings"),
         ("{train_data: photos, noise_predictor_config: '{'}", "--noise_predictor_config has to be JSON, but is '{'"),
@@ -473,12 +486,13 @@ def test_a_wrong_file_of_settings_is_refused(script, tmp_path, capsys, text, mes
 
 
 def test_one_source_in_the_file_needs_no_list(script, tmp_path):
-    (tmp_path / "a.yaml").write_text("{train_data: photos, lpips_weight: 0}")
-    assert script.parse_args([str(tmp_path / "a.yaml")])[1].train_data == ["photos"]
+    (tmp_path / "a.yaml").write_text("{train_data: photos, start_timesteps: 200, lpips_weight: 0}")
+    _, data, run, _ = script.parse_args([str(tmp_path / "a.yaml")])
+    assert data.train_data == ["photos"] and run.start_timesteps == [200]
 
 
 def test_an_output_folder_with_checkpoints_is_not_overwritten(script, settings, uninterrupted):
-    with pytest.raises(SystemExit, match="`output_dir=.*` holds checkpoints of an earlier run.*`--resume latest`"):
+    with pytest.raises(SystemExit, match="`output_dir=.*` holds checkpoints of another run.*`--resume latest`"):
         script.main([settings, "--output_dir", str(uninterrupted)])
 
 

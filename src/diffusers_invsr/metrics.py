@@ -18,7 +18,7 @@ def luma(image: np.ndarray) -> np.ndarray:
 def psnr(result: np.ndarray, target: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB for values on a scale of 0 ... 255; infinite for equal images."""
     mse = np.mean((result.astype(np.float64) - target.astype(np.float64)) ** 2)
-    return float(10 * np.log10(255**2 / mse)) if mse > 0 else float("inf")
+    return float(10 * np.log10(255**2 / mse)) if mse != 0 else float("inf")
 
 
 def psnr_y(result: np.ndarray, target: np.ndarray) -> float:

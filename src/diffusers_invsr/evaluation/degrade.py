@@ -112,11 +112,11 @@ def degrade_folder(
                 image = crop_middle(read_rgb(source), size, scale, degradation.min_size)
                 key = sources[source].with_suffix("").as_posix()
                 lr, record = degrade_image(degradation, image, image_seed(seed, key))
-                save_image(image, work / HR_FOLDER / name, image)
-                save_image(lr, work / LR_FOLDER / name, lr)
             except Exception as error:  # of many kinds, from Pillow's decoders: one file, the others go on
                 problem = str(error) or type(error).__name__
             else:
+                save_image(image, work / HR_FOLDER / name, image)
+                save_image(lr, work / LR_FOLDER / name, lr)
                 images[name.as_posix()] = {"source": sources[source].as_posix(), **record}
                 problem = None
             if on_image is not None:

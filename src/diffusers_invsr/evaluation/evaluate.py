@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 
 BICUBIC, RESULTS = "bicubic", "results"
+RESULT = "result"  # of a run, among the digests of what was measured
 MAX_SEED = 2**63 - 1
 INCEPTION_FEATURES = 2048  # of FID
 
@@ -176,6 +177,9 @@ def evaluate(
     out = Path(out)
     folders = {"lq": lq, "gt": gt, "results": results}
     folders = {argument: Path(folder) for argument, folder in folders.items() if folder is not None}
+    for argument, folder in folders.items():
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"`out` has to be outside of `{argument}` ({folder}), whose images it would join: {out}.")
     pairs = dict(list(match_by_name(folders).items())[:limit])
     too_long = [name for name in pairs if len(Path(name).name.encode()) + len(".png") > MAX_NAME_BYTES]
     if too_long:
@@ -253,10 +257,14 @@ def result_file(run: str, name: str, files: dict[str, Path], out: Path) -> Path:
 
 
 def _check_unchanged(source: _Source, pairs: dict[str, dict[str, Path]], digest: Callable, out: Path):
-    """Raises a ValueError if an image is not the one that was measured before."""
+    """Raises a ValueError if an image, or a result that was made of it, is not the one that was measured before."""
     for name, digests in source.records.digests.items():
+        files = pairs.get(name, {})
+        result = out / source.run.name / IMAGES_FOLDER / f"{name}.png"
+        if RESULT in digests and result.is_file():
+            files = files | {RESULT: result}
         for argument, before in digests.items():
-            file = pairs.get(name, {}).get(argument)
+            file = files.get(argument)
             if file is not None and digest(file) != before:
                 raise ValueError(
                     f"`{argument}` has to have the images with which {out} was begun, but {file} has changed: choose"
@@ -273,7 +281,8 @@ def _measure_image(
     file = result_file(run.name, name, files, out)
     known = records.values.get(name, {})
     missing = [metric for metric in wanted if metric not in known]
-    is_made = source.enlarge is None or file.is_file()
+    # A result without a record was left by a kill: nobody knows what it was made of
+    is_made = source.enlarge is None or (file.is_file() and name in records.values)
     if missing or not is_made:
         gt = read_rgb(files["gt"]) if "gt" in files else None
         if not is_made:
@@ -289,7 +298,10 @@ def _measure_image(
                 values[metric] = suite.of_image(metric, result, gt)
             except MetricUnavailable as error:
                 run.reasons[name, metric] = str(error)
-        records.append(name, values, {argument: digest(path) for argument, path in files.items()})
+        digests = {argument: digest(path) for argument, path in files.items()}
+        if source.enlarge is not None:
+            digests[RESULT] = file_digest(file)
+        records.append(name, values, digests)
         known = records.values[name]
     run.images[name] = {metric: known[metric] for metric in wanted if metric in known}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..checks import is_integer
 from ..metrics import gradient_ratio, load_lpips, psnr_y, ssim_y
 
 
@@ -102,8 +103,8 @@ class MetricSuite:
         unknown = [name for name in self.names if name not in METRICS]
         if unknown:
             raise ValueError(f"`metrics` have to be among {', '.join(METRICS)}, but have {', '.join(unknown)}.")
-        if crop_border < 0:
-            raise ValueError(f"`crop_border` has to be 0 or more, but is {crop_border!r}.")
+        if not is_integer(crop_border) or crop_border < 0:
+            raise ValueError(f"`crop_border` has to be an integer of 0 or more, but is {crop_border!r}.")
         self.unavailable, self._networks = {}, {}
         for name in self.names:
             try:
@@ -179,6 +180,8 @@ class MetricSuite:
 
     def _crop(self, image: np.ndarray) -> np.ndarray:
         border = self.crop_border
+        if 2 * border >= min(image.shape[:2]):
+            raise MetricUnavailable(f"`crop_border={border}` leaves nothing of {image.shape[1]}x{image.shape[0]}")
         return image[border : image.shape[0] - border, border : image.shape[1] - border]
 
     def of_set(self, name: str, results: list[Path], gts: list[Path]) -> float:
@@ -204,6 +207,8 @@ class MetricSuite:
             folders = [str(Path(folder, part)) for part in ("results", "gt")]
             try:
                 value = float(self._networks[name](*folders, num_workers=0, verbose=False))
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # third-party code
                 raise MetricUnavailable(f"{type(error).__name__}: {_shorten(error)}") from error
         if not math.isfinite(value):

@@ -85,27 +85,23 @@ def match_by_name(folders: dict[str, Path]) -> dict[str, dict[str, Path]]:
     return {name: {argument: files[name] for argument, files in found.items()} for name in names}
 
 
-def check_sizes(pairs: dict[str, dict[str, Path]], scale: float | None) -> list[str]:
+def check_sizes(pairs: dict[str, dict[str, Path]], scale: float | None):
     r"""
     Compare the sizes of images that belong together: HR images and results with each other, and with the LR image
-    times the scale (rounded).
+    times the scale (rounded). Images whose header cannot be read are left out.
 
     Args:
         pairs (`dict[str, dict[str, Path]]`): Files by argument for each image, from [`match_by_name`].
         scale (`float`, *optional*): HR size over LR size. Without one, LR images are not compared.
 
-    Returns:
-        `list[str]`: Images whose header cannot be read; they are not compared.
-
     Raises:
         ValueError: If sizes do not fit; the message lists the images with their sizes.
     """
-    wrong, unreadable = [], []
+    wrong = []
     for name, files in pairs.items():
         try:
             sizes = {argument: image_size(path) for argument, path in files.items()}
         except Exception:  # of many kinds, from Pillow's decoders; reading it whole later tells what is wrong
-            unreadable.append(name)
             continue
         large = {size for argument, size in sizes.items() if argument != "lq"}
         if "lq" in sizes and scale is not None:
@@ -116,4 +112,3 @@ def check_sizes(pairs: dict[str, dict[str, Path]], scale: float | None) -> list[
         arguments = " and ".join(f"`{argument}`" for argument in next(iter(pairs.values())))
         times = f" at scale {scale:g}" if scale is not None and "lq" in next(iter(pairs.values())) else ""
         raise ValueError(f"The sizes in {arguments} have to fit{times}, but do not for {list_some(wrong)}.")
-    return unreadable

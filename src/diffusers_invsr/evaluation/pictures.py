@@ -10,10 +10,10 @@ from ..image_files import save_image
 from ..metrics import luma
 from .evaluate import BICUBIC, result_file
 from .pairs import match_by_name, read_rgb
+from .records import PLOT_FILE, SHEETS_FOLDER
 from .report import Evaluation, Run
 
 
-SHEETS_FOLDER, PLOT_FILE = "grids", "psnr.png"
 LABEL_HEIGHT, GAP = 22, 6
 COLUMN = 384  # pixels; a whole image is made as wide or narrower, a crop exactly so
 CROP_COLORS = ("red", "deepskyblue")

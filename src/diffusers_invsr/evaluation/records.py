@@ -10,6 +10,7 @@ from ..files import write_atomically
 SETTINGS_FILE = "settings.json"
 RECORDS_FILE = "records.jsonl"
 IMAGES_FOLDER = "images"
+SHEETS_FOLDER, PLOT_FILE = "grids", "psnr.png"
 
 
 class Records:
@@ -27,7 +28,8 @@ class Records:
     def __init__(self, folder: Path):
         self.file = folder / RECORDS_FILE
         self.values, self.digests = {}, {}
-        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else []
+        text = self.file.read_text(encoding="utf-8") if self.file.is_file() else ""
+        lines = text.splitlines()
         kept = []
         for line in lines:
             try:
@@ -36,7 +38,7 @@ class Records:
                 break
             kept.append(line)
             self._take(record)
-        if len(kept) < len(lines):
+        if len(kept) < len(lines) or (text and not text.endswith("\n")):
             write_atomically(self.file, "".join(line + "\n" for line in kept))
 
     def _take(self, record: dict):
@@ -73,9 +75,12 @@ def open_folder(out: Path, settings: dict, overwrite: bool):
         except (OSError, ValueError, KeyError, TypeError):
             raise FileExistsError(f"`out` has to be a new folder or that of an evaluation, but is {out}.") from None
     if earlier is not None and overwrite:
-        for folder in out.iterdir():
-            if (folder / RECORDS_FILE).is_file():
-                shutil.rmtree(folder)
+        for path in out.iterdir():
+            is_run = (path / RECORDS_FILE).is_file() or (path / IMAGES_FOLDER).is_dir()
+            if is_run or path.name == SHEETS_FOLDER:
+                shutil.rmtree(path)
+            elif path.is_file() and (path.name == PLOT_FILE or path.stem == "results"):
+                path.unlink()
         earlier = None
     if earlier is not None:
         for name in (*settings, *earlier):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,6 +118,8 @@ class Evaluation:
         """A table of means, one of the images for each run, and footnotes on what is not a number."""
         notes = Footnotes()
         parts = [self._means(notes)]
+        failed = Counter(run for run, _ in self.failed)
+        parts += [f"{run}: {count} of the images failed and are left out." for run, count in failed.items()]
         if images:
             parts += [self._images(run, notes) for run in self.runs]
         parts += [notes.text] if notes.text else []
