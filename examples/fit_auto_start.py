@@ -3,12 +3,12 @@
     python examples/fit_auto_start.py --hr KODAK --output results
 
 Each crop of the photographs of `--fit-patterns` is degraded in three ways (`test`, `simple` and `training` of
-`findings_common.py`) and enlarged in one step from each start. The rule is a linear regression of what each start gains
-over the mean of the starts, in PSNR-Y and in SSIM-Y, on features of the LR image. Then it chooses for crops of the
-photographs of `--test-patterns`, which it has not seen, and is compared with each fixed start and with the best start
-of each image, which nobody can know beforehand: the bound of all such rules. Differences are paired and averaged over
-a photograph's crops first: a photograph counts once. `--output` gets `fit_scores.jsonl` and `test_scores.jsonl` (a
-stopped run goes on there), `auto_start.md` and `auto_start.json`, with the rule. Needs
+`findings_common.py`) and enlarged in one step from each start. The rule is a linear regression of what each start
+gains over the mean of the starts, in PSNR-Y and in SSIM-Y, on features of the LR image. Then it chooses for crops of
+the photographs of `--test-patterns`, which it has not seen, and is compared with each fixed start and with the best
+start of each image, which nobody can know beforehand: the bound of all such rules. Differences are paired and
+averaged over a photograph's crops first: a photograph counts once. `--output` gets `fit_scores.jsonl` and
+`test_scores.jsonl` (a stopped run goes on there), `auto_start.md` and `auto_start.json`, with the rule. Needs
 `pip install ".[examples,training]"`.
 """
 

@@ -159,7 +159,8 @@ class RunSettings:
 def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSettings, DegradationSettings]:
     """Settings of the command line over those of a YAML file over the defaults."""
     classes = (ModelSettings, DataSettings, RunSettings, DegradationSettings)
-    parser = HfArgumentParser(classes, description=__doc__.strip().splitlines()[0])
+    usage = "%(prog)s [SETTINGS.yaml] [--setting value ...]"
+    parser = HfArgumentParser(classes, usage=usage, description=__doc__.strip().splitlines()[0])
     if argv and not argv[0].startswith("-"):
         if not Path(argv[0]).is_file():
             parser.error(f"{argv[0]} is not a file with settings.")

@@ -111,6 +111,12 @@ def test_wrong_configuration():
     assert len(str(error.value)) < 1000
 
 
+def test_another_file(tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match="`source='.*photo.png'` has to be a folder or a .*.safetensors"):
+        load_noise_predictor(tmp_path / "photo.png")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -174,6 +180,7 @@ def test_convert(base, config, tmp_path, state_dict):
     assert pipe.scheduler.config.timestep_spacing == "trailing"
     assert [entry.name for entry in output.parent.iterdir()] == ["invsr"]
     assert (enlarge(InvSRPipeline.from_pretrained(output)) - enlarge(pipe)).abs().max() < 1e-5
+    assert (output / "pipeline.py").is_file() and (output / "noise_predictor" / "diffusers_invsr.py").is_file()
     card = (output / "README.md").read_text()
     assert "non-commercial" in card
     assert "license: other" in card

@@ -17,7 +17,7 @@ from diffusers_invsr.metrics import psnr_y, ssim_y
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the scripts import one another
 pytest.importorskip("kornia")
 
-import findings_common  # noqa: E402
+import findings_common as common  # noqa: E402
 import make_training_images  # noqa: E402
 import paper_findings  # noqa: E402
 import reproduce_paper  # noqa: E402
@@ -37,7 +37,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny():
-    return findings_common.load_pipeline(TINY, "cpu")
+    return common.load_pipeline(TINY, "cpu")
 
 
 def options(photos: Path, output: Path, *others: str) -> list[str]:
@@ -49,8 +49,8 @@ def keys(file: Path) -> list[tuple]:
 
 
 def test_the_simple_degradation_keeps_its_seeds(photos):
-    photo = findings_common.read_photographs(photos, ["*.png"])[1]
-    lr = findings_common.make_lr("simple", photo.hr, [3, photo.number])
+    photo = common.read_photographs(photos, ["*.png"])[1]
+    lr = common.make_lr("simple", photo.hr, [3, photo.number])
     assert np.array_equal(lr, degrade(np.array(photo.hr), np.random.default_rng([3, 1])))
 
 
@@ -58,10 +58,10 @@ def test_the_simple_degradation_keeps_its_seeds(photos):
 @pytest.mark.parametrize("degradation", ("test", "training", "simple", "blur", "noise"))
 def test_degradations_are_reproducible_at_every_scale(degradation, scale):
     hr = Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 168, 3), dtype=np.uint8))
-    lr = findings_common.make_lr(degradation, hr, [0, 1], scale)
+    lr = common.make_lr(degradation, hr, [0, 1], scale)
     assert lr.size == (168 // scale, 120 // scale)
-    assert np.array_equal(lr, findings_common.make_lr(degradation, hr, [0, 1], scale))
-    assert not np.array_equal(lr, findings_common.make_lr(degradation, hr, [0, 2], scale))
+    assert np.array_equal(lr, common.make_lr(degradation, hr, [0, 1], scale))
+    assert not np.array_equal(lr, common.make_lr(degradation, hr, [0, 2], scale))
 
 
 def test_blur_and_noise_are_what_they_say():
@@ -69,9 +69,7 @@ def test_blur_and_noise_are_what_they_say():
         np.tile(np.where(np.arange(128) % 32 < 16, 60, 200).astype(np.uint8)[None, :, None], (128, 1, 3))
     )
     clean = np.array(hr.resize((32, 32), Image.Resampling.BOX), dtype=float)
-    error = {
-        name: np.array(findings_common.make_lr(name, hr, [0, 0]), dtype=float) - clean for name in ("blur", "noise")
-    }
+    error = {name: np.array(common.make_lr(name, hr, [0, 0]), dtype=float) - clean for name in ("blur", "noise")}
     along_edges = {name: np.std(x, axis=0).mean() for name, x in error.items()}  # constant but for the noise
     assert along_edges["noise"] > 10 > 2 > along_edges["blur"]
     across = {name: np.abs(x.mean(axis=0)).max() for name, x in error.items()}
@@ -80,23 +78,21 @@ def test_blur_and_noise_are_what_they_say():
 
 @pytest.mark.parametrize("logvar, spread", [(0.0, 1.0), (-30.0, 0.0)])
 def test_constant_noise(tiny, logvar, spread):
-    noise = (
-        findings_common.with_constant_noise(tiny, logvar).noise_predictor(torch.rand(1, 3, 16, 16), 199).latent_dist
-    )
+    noise = common.with_constant_noise(tiny, logvar).noise_predictor(torch.rand(1, 3, 16, 16), 199).latent_dist
     assert noise.mean.abs().max() == 0
     assert torch.allclose(noise.std, torch.tensor(spread), atol=1e-6)
     assert tiny.noise_predictor(torch.rand(1, 3, 16, 16), 199).latent_dist.mean.abs().max() > 0
 
 
 def test_differences():
-    difference = findings_common.Difference.of([2.0, 3.0, 5.0], [1.0, 1.0, 1.0])
+    difference = common.Difference.of([2.0, 3.0, 5.0], [1.0, 1.0, 1.0])
     assert difference.mean == pytest.approx(7 / 3)
     assert difference.error == pytest.approx(np.std([1, 2, 4], ddof=1) / 3**0.5)
     assert difference.sign == 0  # 2.65 standard errors, but of three pairs
-    assert findings_common.Difference.of([2.0, 2.1, 1.9], [1.0, 1.0, 1.0]).sign == 1
-    assert findings_common.Difference.of([1.0, 1.0, 1.0], [2.0, 2.1, 1.9]).sign == -1
-    assert findings_common.Difference.of([2.0], [1.0]).sign is None
-    assert findings_common.Difference.of([1.0, 2.0], [1.0, 2.0]).sign == 0
+    assert common.Difference.of([2.0, 2.1, 1.9], [1.0, 1.0, 1.0]).sign == 1
+    assert common.Difference.of([1.0, 1.0, 1.0], [2.0, 2.1, 1.9]).sign == -1
+    assert common.Difference.of([2.0], [1.0]).sign is None
+    assert common.Difference.of([1.0, 2.0], [1.0, 2.0]).sign == 0
 
 
 @pytest.mark.parametrize(
@@ -109,7 +105,7 @@ def test_differences():
 )
 def test_verdicts_follow_from_the_differences(means, words):
     question = paper_findings.Question("", [("a", "b"), ("c", "d")])
-    differences = [{"psnr_y": findings_common.Difference(mean, 0.05, 8)} for mean in means]
+    differences = [{"psnr_y": common.Difference(mean, 0.05, 8)} for mean in means]
     verdict = paper_findings.verdict(question, differences, "psnr_y")
     assert verdict.startswith(f"PSNR Y: {words}") and verdict.endswith("the smallest, of c − d")
 

@@ -144,9 +144,9 @@ def upscale(
 
         # 3. The images, one by one
         num_failed = upscale_files(pipe, waiting, options, seed)
-    if len(outputs) > 1:
+    if len(outputs) + num_missing > 1:
         num_done = len(waiting) - num_failed
-        typer.echo(f"{num_done} enlarged, {len(existing)} skipped, {num_failed} failed")
+        typer.echo(f"{num_done} enlarged, {len(existing)} skipped, {num_failed + num_missing} failed")
     raise typer.Exit(1 if num_failed or num_missing else 0)
 
 

@@ -136,6 +136,10 @@ def evaluate(
         raise typer.BadParameter("give either a model or results of another program.", param_hint="'--model'")
     if model is not None and lq is None:
         raise typer.BadParameter("the model needs LR images.", param_hint="'--lq'")
+    options = {"--steps": steps, "--start-timestep": start_timestep, "--timesteps": timesteps, "--scale": scale}
+    if results is not None and any(value is not None for value in options.values()):
+        given = next(name for name, value in options.items() if value is not None)
+        raise typer.BadParameter("is for a model, not for given results.", param_hint=f"'{given}'")
     schedules = parse_schedules(steps or [], start_timestep or [], timesteps or []) if model is not None else []
     if grid and model is not None and gt is not None and importlib.util.find_spec("matplotlib") is None:
         fail(f"--grid needs matplotlib, which is not installed: {EXTRA}")
@@ -150,6 +154,9 @@ def evaluate(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     names = [name for text in metric or [] for name in text.split(",")]
+    needing = [name for name in names if name in METRICS and METRICS[name].needs_gt]
+    if needing and gt is None:
+        raise typer.BadParameter(f"{', '.join(needing)} need HR images: give --gt.", param_hint="'--metric'")
     names = list(METRICS) if "all" in names else names or None
 
     # 2. The model
@@ -166,7 +173,7 @@ def evaluate(
             report(f"{run} {image}: {problem}")
         else:
             numbers = (f"{METRICS[name].label} {value:.{METRICS[name].digits}f}" for name, value in values.items())
-            tqdm.write(f"{run} {image}: {', '.join(numbers)}")
+            tqdm.write(f"{run} {image}: {', '.join(numbers) or 'no metric'}")
 
     def tell_unavailable(suite: "MetricSuite"):
         for name, reason in suite.unavailable.items():

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file
 
-from .hub import create_model_card
+from .hub import create_model_card, write_code
 from .noise_predictor import InvSRNoisePredictor
 from .pipeline_invsr import InvSRPipeline
 from .scheduling_invsr import InvSRScheduler
@@ -183,6 +183,8 @@ def load_noise_predictor(
     check_dtype(dtype)
     name = f"{PUBLISHED_REPO}/{PUBLISHED_FILE}" if str(source) == PUBLISHED_REPO else str(source)
     if Path(name).suffix not in CHECKPOINT_SUFFIXES:
+        if os.path.isfile(name):
+            raise ValueError(f"`source={name!r}` has to be a folder or a {', '.join(CHECKPOINT_SUFFIXES)} file.")
         if config is not None:
             raise ValueError(f"`config` cannot be given with `source={name!r}`, which has a configuration of its own.")
         try:
@@ -278,6 +280,7 @@ def convert(
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
             new = Path(folder, "new")
             pipe.save_pretrained(new)
+            write_code(pipe, new)  # of which the card tells
             create_model_card(pipe, output.name).save(new / "README.md")
             if output.exists():
                 output.rename(Path(folder, "old"))

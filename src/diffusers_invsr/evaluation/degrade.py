@@ -98,7 +98,9 @@ def degrade_folder(
     if not hr.is_dir():
         raise ValueError(f"`hr` has to be a folder of images, but {hr} is none.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())) and not (overwrite and is_test_set(out)):
-        raise FileExistsError(f"`out` has to be a new folder, or a test set to replace, but {out} exists.")
+        raise FileExistsError(
+            f"`out` has to be a new folder, or a test set to replace with `overwrite`, but {out} exists."
+        )
     sources, _ = find_images([str(hr)], out)
 
     work = out.absolute().with_name(f".diffusers-invsr-{uuid4().hex}.tmp")

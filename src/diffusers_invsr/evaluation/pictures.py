@@ -129,7 +129,6 @@ def save_plot(evaluation: Evaluation, out: Path) -> Path | None:
         ImportError: If matplotlib is not installed.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     means = {run.name: run.mean("psnr_y") for run in evaluation.runs}
     runs = [run for run in evaluation.runs if run.timesteps and means[run.name] is not None]
@@ -144,7 +143,7 @@ def save_plot(evaluation: Evaluation, out: Path) -> Path | None:
         axes.axhline(means[BICUBIC], color="grey", linestyle="--", label="bicubic")
     axes.set_xlabel("steps")
     axes.set_ylabel("PSNR-Y in dB, mean")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xticks(sorted({len(run.timesteps) for run in runs}))
     axes.grid(alpha=0.3)
     axes.legend()
     file = out / PLOT_FILE
