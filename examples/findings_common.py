@@ -19,13 +19,13 @@ from scipy.stats import t
 from simple_degradation import degrade
 
 from diffusers_invsr import InvSRPipeline
+from diffusers_invsr.files import write_atomically
 from diffusers_invsr.metrics import gradient_ratio, psnr, psnr_y, ssim_y
 from diffusers_invsr.training import (
     Degradation,
     DegradationSettings,
     EvaluationDegradationSettings,
     vae_fingerprint,
-    write_atomically,
 )
 from diffusers_invsr.training.validation import to_image, to_tensor
 

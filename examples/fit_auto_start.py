@@ -37,9 +37,9 @@ from scipy.ndimage import laplace
 from skimage.restoration import estimate_sigma
 
 from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr.files import write_atomically
 from diffusers_invsr.metrics import luma
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
-from diffusers_invsr.training import write_atomically
 
 
 DEGRADATIONS = ("test", "simple", "training")

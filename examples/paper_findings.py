@@ -14,6 +14,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from findings_common import (
     METRICS,
@@ -35,8 +36,8 @@ from findings_common import (
 from PIL import Image
 
 from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr.files import write_atomically
 from diffusers_invsr.scheduling_invsr import PUBLISHED_SCHEDULES, START_TIMESTEPS
-from diffusers_invsr.training import write_atomically
 
 
 DEGRADATIONS = ("test", "simple")
@@ -237,10 +238,7 @@ def verdict(question: Question, differences: list[dict[str, Difference]], metric
 def report(table: Table, scores: Scores, photographs: list[Photograph]) -> tuple[str, dict]:
     """A table with its questions as Markdown and as data."""
     means = {
-        label: {
-            metric: Difference.of(values(scores, run, photographs, metric), [0.0] * len(photographs)).mean
-            for metric in METRICS
-        }
+        label: {metric: float(np.mean(values(scores, run, photographs, metric))) for metric in METRICS}
         for label, run in table.rows.items()
     }
     degradations = dict.fromkeys(run.degradation for run in table.rows.values())

@@ -39,7 +39,8 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from diffusers_invsr import InvSRPipeline
-from diffusers_invsr.training import one_step_estimate, write_atomically
+from diffusers_invsr.files import write_atomically
+from diffusers_invsr.training import one_step_estimate
 from diffusers_invsr.training.validation import to_image, to_tensor
 
 

@@ -1,6 +1,5 @@
 """The parts of training (section 3 of the paper); `examples/train_invsr.py` puts them together."""
 
-from ..files import write_atomically
 from .checkpoints import Checkpoints
 from .data import CropDataset, CropStream, SkipReport, make_dataset, make_loader
 from .degradation import Degradation, DegradationSettings, EvaluationDegradationSettings
@@ -44,5 +43,4 @@ __all__ = [
     "one_step_estimate",
     "read_log",
     "vae_fingerprint",
-    "write_atomically",
 ]
