@@ -204,6 +204,7 @@ def check_options(pipe: "InvSRPipeline", options: dict):
             eta=0.0,
             tile_size=options["tile_size"],
             tile_overlap=options["tile_overlap"],
+            tile_window="gaussian",
             tile_batch_size=options["tile_batch_size"],
             color_fix=options["color_fix"],
             generator=None,

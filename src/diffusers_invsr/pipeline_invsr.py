@@ -24,7 +24,7 @@ from .color_fix import COLOR_FIXES, apply_color_fix
 from .hub import HubMixin
 from .image_processor import InputImage, InvSRImageProcessor
 from .prompt_embeds import NEGATIVE_PROMPT, PROMPT, FixedPromptMixin
-from .tiling import TileBlender, TileGrid
+from .tiling import TILE_WINDOWS, TileBlender, TileGrid
 
 
 logger = logging.get_logger(__name__)
@@ -150,6 +150,7 @@ class InvSRPipeline(
         eta: float,
         tile_size: int | None,
         tile_overlap: int | None,
+        tile_window: str,
         tile_batch_size: int,
         color_fix: str | None,
         generator: torch.Generator | list[torch.Generator] | None,
@@ -185,6 +186,8 @@ class InvSRPipeline(
                 raise ValueError(
                     f"`tile_overlap` has to be from 0 to less than `tile_size={tile_size}`, but is {tile_overlap!r}."
                 )
+        if tile_window not in TILE_WINDOWS:
+            raise ValueError(f"`tile_window` has to be one of {TILE_WINDOWS}, but is {tile_window!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
         if color_fix not in (None, *COLOR_FIXES):
@@ -312,6 +315,7 @@ class InvSRPipeline(
         target_size: tuple[int, int] | None,
         tile_size: int | None,
         tile_overlap: int | None,
+        tile_window: str,
     ) -> TileGrid:
         r"""
         The tiles of images of one size. Arguments as in [`~InvSRPipeline.__call__`].
@@ -330,7 +334,9 @@ class InvSRPipeline(
             )
         pixels = torch.stack([image.pixels for image in images]) if len(images) > 1 else images[0].pixels[None]
         target_size = tuple(int(side) for side in target_size)
-        return TileGrid(pixels, target_size, self.config.scale, tile_size, tile_overlap or 0, self.size_multiple)
+        return TileGrid(
+            pixels, target_size, self.config.scale, tile_size, tile_overlap or 0, self.size_multiple, tile_window
+        )
 
     def prepare_blender(self, grid: TileGrid, batch_size: int, output_type: str) -> TileBlender:
         """Sums up the results of a grid's tiles: images at the target size, or latents with the padding."""
@@ -362,6 +368,7 @@ class InvSRPipeline(
         eta: float = 0.0,
         tile_size: int | str | None = "auto",
         tile_overlap: int | None = None,
+        tile_window: str = "gaussian",
         tile_batch_size: int = 1,
         color_fix: str | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -399,6 +406,9 @@ class InvSRPipeline(
             tile_overlap (`int`, *optional*):
                 LR pixels that neighbouring tiles share; by default a quarter of the tile. The published tiling is half
                 of it. Without tiles it has no effect.
+            tile_window (`str`, defaults to `"gaussian"`):
+                How tiles are blended: `"gaussian"` over the whole tile, as published, or `"raised_cosine"` over the
+                overlap alone.
             tile_batch_size (`int`, defaults to 1): Tiles that go through the networks at once.
             color_fix (`str`, *optional*): `"wavelet"`, `"ycbcr"` or `"adain"`: take the colours from the LR image.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -451,6 +461,7 @@ class InvSRPipeline(
             eta,
             tile_size,
             tile_overlap,
+            tile_window,
             tile_batch_size,
             color_fix,
             generator,
@@ -488,7 +499,7 @@ class InvSRPipeline(
         for _, members in groupby(range(len(inputs)), key=lambda i: inputs[i].pixels.shape):
             members = list(members)
             run = slice(members[0], members[-1] + 1)
-            grid = self.cut_into_tiles(inputs[run], scale, target_size, tile_size, tile_overlap)
+            grid = self.cut_into_tiles(inputs[run], scale, target_size, tile_size, tile_overlap, tile_window)
             blender = self.prepare_blender(grid, len(members), output_type)
             runs.append((grid, blender))
             corners = list(grid)

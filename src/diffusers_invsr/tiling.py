@@ -59,12 +59,22 @@ def to_float(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
 
 
+TILE_WINDOWS = ("gaussian", "raised_cosine")
+
+
 def gaussian_window(size: int) -> torch.Tensor:
     """The published blending window of `size` output pixels: for even sizes, points 1 ... size of one longer by 1."""
     sigma = 0.3 * ((size - 1) / 2 - 1) + 0.8
     length = size + 1 if size % 2 == 0 else size
     x = torch.arange(length, dtype=torch.float32) - (length - 1) / 2
     return torch.exp(-(x**2) / (2 * sigma**2))[length - size :]
+
+
+def raised_cosine_window(size: int, ramp: int) -> torch.Tensor:
+    """A window of `size` output pixels that is 1, with cosine ramps of `ramp` pixels at both ends."""
+    x = torch.arange(size, dtype=torch.float32) + 0.5
+    distance = torch.minimum(x, size - x)  # from the tile's nearer end
+    return torch.sin(0.5 * torch.pi * (distance / max(ramp, 1)).clamp(max=1)) ** 2
 
 
 @dataclass(frozen=True)
@@ -80,12 +90,14 @@ class TileAxis:
         tile_size (`int`, *optional*): Pixels of a tile, a multiple of `multiple`; `None` for the whole axis.
         overlap (`int`): Pixels that neighbouring tiles share.
         multiple (`int`): Divisor of the padded length.
+        window (`str`): How tiles are blended: `"gaussian"` (published) or `"raised_cosine"` over the overlap.
     """
 
     length: int
     tile_size: int | None
     overlap: int
     multiple: int
+    window: str = "gaussian"
 
     @cached_property
     def padded_length(self) -> int:
@@ -121,7 +133,10 @@ class TileAxis:
     def weights(self, pixels_per_lr: float) -> dict[int, torch.Tensor]:
         """Blending weights of each tile by its start; at every output pixel those of all tiles sum to 1."""
         factor = int(self.tile_length * pixels_per_lr)
-        window = gaussian_window(factor)
+        if self.window == "gaussian":
+            window = gaussian_window(factor)
+        else:
+            window = raised_cosine_window(factor, int(self.overlap * pixels_per_lr))
         total = torch.zeros(int(self.padded_length * pixels_per_lr))
         offsets = {start: int(start * pixels_per_lr) for start in self.starts}
         for offset in offsets.values():
@@ -144,6 +159,7 @@ class TileGrid:
         tile_size (`int`, *optional*): Tile side in LR pixels; `None` for the whole image at once.
         tile_overlap (`int`): LR pixels that neighbouring tiles share.
         multiple (`int`): LR pixels that the networks can divide a side by.
+        window (`str`): How tiles are blended: `"gaussian"` (published) or `"raised_cosine"` over the overlap.
     """
 
     def __init__(
@@ -154,6 +170,7 @@ class TileGrid:
         tile_size: int | None,
         tile_overlap: int,
         multiple: int,
+        window: str = "gaussian",
     ):
         self.pixels = pixels
         self.target_size = target_size
@@ -163,7 +180,7 @@ class TileGrid:
         # Source pixels a target pixel
         self.steps = tuple(length / target for length, target in zip(size, target_size))
         self.rows, self.columns = (
-            TileAxis(-(-length // scale), tile_size, tile_overlap, multiple) for length in target_size
+            TileAxis(-(-length // scale), tile_size, tile_overlap, multiple, window) for length in target_size
         )
 
     def __len__(self) -> int:
