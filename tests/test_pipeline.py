@@ -342,3 +342,52 @@ def test_mismatched_noise_predictor_is_refused(pipe):
     pipe.pipeline.register_to_config(scale=2)
     with pytest.raises(ValueError, match="reduces its input by 2, but .* need 4"):
         pipe(photo())
+
+
+def test_tiles_of_different_images_are_pooled(pipe):
+    """Full batches whichever image the tiles are of, and the same results as one by one."""
+    sizes = [(12, 20), (40, 16), (16, 16), (24, 40)]
+    images = [photo(*size, seed=seed)[0] for seed, size in enumerate(sizes)]
+    alone = [pipe(image, tile_size=16, generator=generator(seed))[0] for seed, image in enumerate(images)]
+    batches = []
+    pipe.pipeline.unet.register_forward_pre_hook(lambda module, arguments: batches.append(len(arguments[0])))
+    generators = [generator(seed) for seed in range(len(images))]
+    together = pipe(images, tile_size=16, generator=generators, tile_batch_size=4)
+    for ours, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert set(batches[:-1]) == {4} and 1 <= batches[-1] <= 4
+
+
+def test_embeddings_of_each_image_stay_with_it(pipe, prompt_embeds):
+    images = [photo(16, 24)[0], photo(24, 16, seed=1)[0]]
+    embeds = torch.cat([prompt_embeds["prompt_embeds"], prompt_embeds["negative_prompt_embeds"]])
+    results = pipe(
+        images, prompt_embeds=embeds, generator=[generator(0), generator(1)], tile_size=16, tile_batch_size=3
+    )
+    for i, result in enumerate(results):
+        alone = pipe(images[i], prompt_embeds=embeds[i : i + 1], generator=generator(i), tile_size=16)
+        torch.testing.assert_close(result[None], alone, atol=1e-4, rtol=0)
+
+
+def test_compiled_without_breaks_and_once_for_all_images(pipe):
+    """With another image size, another number of steps and another start nothing is compiled anew."""
+    calls = [((20, 30), 1), ((40, 17), 3)]
+
+    def enlarge_all():
+        return [pipe(photo(*size), num_steps=steps, tile_size=16, tile_overlap=4) for size, steps in calls]
+
+    expected = enlarge_all()
+    torch._dynamo.reset()
+    pipe.pipeline.compile(fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(enlarge_all(), expected, atol=1e-4, rtol=0)
+    torch._dynamo.reset()
+
+
+def test_attention_runs_in_flash_kernels(pipe):
+    """Of the noise predictor, whose tokens are all pixels of the LR tile, and of the UNet."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    expected = pipe(photo())
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        torch.testing.assert_close(pipe(photo()), expected, atol=1e-4, rtol=0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers_invsr.tiling import TileAxis, TileBlender, TileGrid, gaussian_window
+from diffusers_invsr.tiling import TileAxis, TileBlender, TileGrid, enlarge, gaussian_window
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,10 @@ def test_native_and_resampled_paths_agree_inside():
     torch.manual_seed(0)
     image = torch.rand(1, 3, 24, 24)
     grid = TileGrid(image, (96, 96), 4, None, 0, 4)
-    native = grid.cut(0, 0)
+    lr, enlarged = grid.cut(0, 0)
+    assert enlarged is None
     grid.native = False
-    for ours, theirs in zip(native, grid.cut(0, 0)):
+    for ours, theirs in zip((lr, enlarge(lr, 4)), grid.cut(0, 0)):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 

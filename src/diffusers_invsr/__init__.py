@@ -6,6 +6,7 @@ from pathlib import Path
 import diffusers
 
 from .conversion import convert, load_noise_predictor
+from .devices import auto_dtype
 from .noise_predictor import InvSRNoisePredictor, InvSRNoisePredictorOutput
 from .pipeline_invsr import InvSRPipeline, InvSRPipelineOutput
 from .prompt_embeds import InvSRPromptEmbeds
@@ -22,6 +23,7 @@ __all__ = [
     "InvSRPipelineOutput",
     "InvSRPromptEmbeds",
     "InvSRScheduler",
+    "auto_dtype",
     "convert",
     "load_noise_predictor",
 ]

@@ -101,7 +101,8 @@ def upscale(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed, the same for each file.")] = 0,
     device: Annotated[str, typer.Option(help="auto (cuda, else mps, else cpu) or a device of PyTorch.")] = "auto",
     dtype: Annotated[
-        Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="auto: bfloat16 on cuda, else float32.")
+        Literal["auto", "float32", "float16", "bfloat16"],
+        typer.Option(help="auto: bfloat16 where the device computes in it, else float32."),
     ] = "auto",
     image_format: Annotated[
         Literal["keep", "png", "jpg", "webp"],

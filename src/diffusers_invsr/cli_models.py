@@ -36,6 +36,8 @@ def choose_device(device: str, dtype: str) -> tuple["torch.device", "torch.dtype
     """The device and the number type that `auto` stands for, or those that were named."""
     import torch
 
+    from .devices import auto_dtype
+
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -45,9 +47,7 @@ def choose_device(device: str, dtype: str) -> tuple["torch.device", "torch.dtype
         raise typer.BadParameter(
             f"{str(device)!r} cannot be used: {describe(error)}", param_hint="'--device'"
         ) from None
-    if dtype == "auto":  # Stable Diffusion's VAE overflows in float16, but not in bfloat16
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    return device, getattr(torch, dtype)
+    return device, auto_dtype(device) if dtype == "auto" else getattr(torch, dtype)
 
 
 def load_pipeline(

@@ -1,8 +1,9 @@
 """InvSR: super-resolution by diffusion inversion (https://arxiv.org/abs/2412.09013)."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -17,13 +18,16 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.schedulers import DDIMScheduler
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
+from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .checks import is_integer, is_real
 from .color_fix import COLOR_FIXES, apply_color_fix
+from .fallbacks import Float32Mixin, enlarge_within_memory, smaller_tiles_within_memory
 from .hub import HubMixin
 from .image_processor import InputImage, InvSRImageProcessor
 from .prompt_embeds import NEGATIVE_PROMPT, PROMPT, FixedPromptMixin
+from .tile_batches import Tile, TilePool, TileResults, collate, select
 from .tiling import TILE_WINDOWS, TileBlender, TileGrid
 
 
@@ -47,7 +51,12 @@ class InvSRPipelineOutput(BaseOutput):
 
 
 class InvSRPipeline(
-    HubMixin, FixedPromptMixin, DiffusionPipeline, TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin
+    HubMixin,
+    FixedPromptMixin,
+    Float32Mixin,
+    DiffusionPipeline,
+    TextualInversionLoaderMixin,
+    StableDiffusionLoraLoaderMixin,
 ):
     r"""
     Enlarges images with a frozen diffusion model that starts from the LR image plus a predicted noise map, as in
@@ -115,6 +124,17 @@ class InvSRPipeline(
             if name in pipeline.components:
                 kwargs.setdefault(name, pipeline.components[name])
         return super().from_pipe(pipeline, **kwargs)
+
+    def compile(self, **kwargs):
+        r"""
+        Compile the networks in place. All tiles have one shape, so that nothing is compiled anew for another image, as
+        long as `tile_size` is not `None`; a last batch with fewer tiles is compiled once more.
+
+        Args:
+            kwargs: Arguments of `torch.compile`, such as `mode="max-autotune"`.
+        """
+        for network in (self.noise_predictor, self.unet, self.vae.encoder, self.vae.decoder):
+            network.compile(**kwargs)
 
     @property
     def size_multiple(self) -> int:
@@ -287,6 +307,64 @@ class InvSRPipeline(
         latents = self.encode_image(enlarged, noise[1])
         return self.scheduler.add_noise(latents, noise_map, timestep)
 
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        eta: float,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        progress_bar: tqdm | None = None,
+    ) -> torch.Tensor:
+        r"""
+        The steps of the scheduler's schedule, by the frozen diffusion model (section 3.1).
+
+        Args:
+            latents (`torch.Tensor`): The starting state `(batch, channels, h, w)`.
+            noise (`torch.Tensor`): From [`~InvSRPipeline.prepare_noise`]: with `eta > 0` a map a step, after the two
+                of the start.
+            eta (`float`): Noise of the intermediate steps, from 0 (DDIM) to 1.
+            prompt_embeds (`torch.Tensor`, *optional*): Embeddings `(batch, tokens, width)`.
+            negative_prompt_embeds (`torch.Tensor`, *optional*): The same for the negative prompt.
+            callback_on_step_end (`Callable`, *optional*): As in [`~InvSRPipeline.__call__`].
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): As in [`~InvSRPipeline.__call__`].
+            progress_bar (`tqdm`, *optional*): Counts the steps of each tile.
+
+        Returns:
+            `torch.Tensor`: Clean latents, float32.
+        """
+        indices = self.scheduler.timesteps
+        # A tensor, so that a compiled UNet is not compiled anew for each step
+        device_indices = indices.to(latents.device)
+        for i, index in enumerate(indices.tolist()):
+            if self.interrupt:
+                continue
+            latents_input, embeds = latents.to(self.unet.dtype), prompt_embeds
+            if self.do_classifier_free_guidance:
+                latents_input = torch.cat([latents_input] * 2)
+                embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+            embeds = embeds if embeds is None else embeds.to(self.unet.dtype)
+            model_output = self.unet(latents_input, device_indices[i], encoder_hidden_states=embeds).sample.float()
+            if self.do_classifier_free_guidance:
+                unconditional, conditional = model_output.chunk(2)
+                model_output = unconditional + self.guidance_scale * (conditional - unconditional)
+            variance_noise = noise[2 + i] if eta > 0 and i < len(indices) - 1 else None
+            latents = self.scheduler.step(model_output, index, latents, eta, variance_noise=variance_noise).prev_sample
+
+            if callback_on_step_end is not None:
+                callback_kwargs = {}
+                for k in callback_on_step_end_tensor_inputs or []:
+                    callback_kwargs[k] = locals()[k]
+                callback_outputs = callback_on_step_end(self, i, index, callback_kwargs) or {}
+                latents = callback_outputs.pop("latents", latents)
+                prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
+                negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+            if progress_bar is not None:
+                progress_bar.update(len(latents))
+        return latents
+
     def decode_image(self, latents: torch.Tensor) -> torch.Tensor:
         r"""
         Image of latents: `D(z / c) / 2 + 1 / 2`, clamped to [0, 1].
@@ -295,18 +373,11 @@ class InvSRPipeline(
             latents (`torch.Tensor`): Latents `(batch, channels, h, w)`, scaled as the UNet knows them.
 
         Returns:
-            `torch.Tensor`: Image `(batch, 3, height, width)` in float32.
-
-        Raises:
-            FloatingPointError: If the VAE overflows, as some do in float16, which would make the image black.
+            `torch.Tensor`: Image `(batch, 3, height, width)` in float32; NaN where the VAE overflowed.
         """
         image = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
-        if not image.isfinite().all():
-            raise FloatingPointError(
-                f"The VAE's result is not finite in {self.vae.dtype}: load the pipeline with `dtype=torch.bfloat16` or"
-                " `dtype=torch.float32`."
-            )
-        return (image / 2 + 0.5).clamp(0, 1)
+        # Clamping would make infinite pixels look like black or white ones.
+        return (image / 2 + 0.5).clamp(0, 1).masked_fill(image.isinf(), torch.nan)
 
     def cut_into_tiles(
         self,
@@ -345,15 +416,39 @@ class InvSRPipeline(
             return TileBlender(grid, (batch_size, self.vae.config.latent_channels), latents_per_lr, crop=False)
         return TileBlender(grid, (batch_size, 3), self.config.scale)
 
-    @staticmethod
-    def _repeat(embeds: torch.Tensor | None, run: slice, num_tiles: int) -> torch.Tensor | None:
-        """Embeddings `(1 or B, ...)` of all images for the images of a run, in each of its tiles."""
-        if embeds is None:
-            return None
-        embeds = embeds.expand(run.stop - run.start, -1, -1) if embeds.shape[0] == 1 else embeds[run]
-        return embeds.repeat(num_tiles, 1, 1)
+    def draw_tiles(
+        self,
+        runs: list[tuple[slice, TileGrid, TileBlender]],
+        num_maps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        device: torch.device,
+    ) -> Iterator[Tile]:
+        r"""
+        Cut tiles and draw their noise, tile by tile, so that results do not depend on how tiles are batched.
+
+        Args:
+            runs (`list[tuple[slice, TileGrid, TileBlender]]`): Images of one size, their grid and their blender.
+            num_maps (`int`): As in [`~InvSRPipeline.prepare_noise`].
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): As in [`~InvSRPipeline.__call__`].
+            device (`torch.device`): Where noise is drawn if there is no generator.
+        """
+        for run, grid, blender in runs:
+            run_generator = list(generator[run]) if isinstance(generator, (list, tuple)) else generator
+            for corner in grid:
+                lr, enlarged = grid.cut(*corner)
+                noise = self.prepare_noise(len(lr), *lr.shape[-2:], num_maps, run_generator, device)
+                for i in range(len(lr)):
+                    part = slice(i, i + 1)
+                    yield Tile(
+                        lr[part],
+                        None if enlarged is None else enlarged[part],
+                        noise[:, part],
+                        run.start + i,
+                        partial(blender.add, top=corner[0], left=corner[1], images=part),
+                    )
 
     @torch.no_grad()
+    @smaller_tiles_within_memory
     def __call__(
         self,
         image: PipelineImageInput,
@@ -409,7 +504,9 @@ class InvSRPipeline(
             tile_window (`str`, defaults to `"gaussian"`):
                 How tiles are blended: `"gaussian"` over the whole tile, as published, or `"raised_cosine"` over the
                 overlap alone.
-            tile_batch_size (`int`, defaults to 1): Tiles that go through the networks at once.
+            tile_batch_size (`int`, defaults to 1):
+                Tiles, of all images, that go through the networks at once. Where they do not fit into memory, fewer
+                do, and where a single one does not, it begins again with tiles of half the size; both with a warning.
             color_fix (`str`, *optional*): `"wavelet"`, `"ycbcr"` or `"adain"`: take the colours from the LR image.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of randomness, or one for each image. The same seed gives the same image on the same device.
@@ -431,7 +528,10 @@ class InvSRPipeline(
         Raises:
             ValueError: If an argument is out of range or contradicts another one.
             TypeError: If `image` is of an unknown type.
-            FloatingPointError: If a component overflows in its number type.
+            FloatingPointError:
+                If a result is not finite in float32 either; in a smaller number type, such tiles are computed again in
+                float32, with a warning.
+            RuntimeError: If the smallest tile does not fit into memory.
 
         Examples:
 
@@ -494,74 +594,45 @@ class InvSRPipeline(
             device,
         )
 
-        # 4. Cut the images into tiles; a run of images of one size goes through the networks together
-        runs, batches = [], []
+        # 4. Cut the images into tiles; images of one size that follow one another share a grid
+        runs = []
         for _, members in groupby(range(len(inputs)), key=lambda i: inputs[i].pixels.shape):
             members = list(members)
             run = slice(members[0], members[-1] + 1)
             grid = self.cut_into_tiles(inputs[run], scale, target_size, tile_size, tile_overlap, tile_window)
-            blender = self.prepare_blender(grid, len(members), output_type)
-            runs.append((grid, blender))
-            corners = list(grid)
-            for first in range(0, len(corners), tile_batch_size):
-                batches.append((run, grid, blender, corners[first : first + tile_batch_size]))
+            runs.append((run, grid, self.prepare_blender(grid, len(members), output_type)))
+        num_maps = 2 + (len(indices) - 1 if eta > 0 else 0)
+        pool = TilePool(self.draw_tiles(runs, num_maps, generator, device), tile_batch_size)
+        num_tiles = sum(len(grid) * (run.stop - run.start) for run, grid, _ in runs)
 
-        with self.progress_bar(total=len(indices) * sum(len(grid) for grid, _ in runs)) as progress_bar:
-            for run, grid, blender, corners in batches:
+        def enlarge(tiles: list[Tile]) -> torch.Tensor:
+            self._guidance_scale = guidance_scale  # a callback may have changed it for the tiles before
+            lr, enlarged, noise = collate(tiles, self.config.scale, device)
+            embeds = [select(each, tiles) for each in (all_prompt_embeds, all_negative_prompt_embeds)]
+
+            # 5. Start from the enlarged images' latents plus the predicted noise
+            latents = self.prepare_latents(lr, enlarged, indices[:1].to(device), noise)
+
+            # 6. Denoise
+            callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
+            latents = self.denoise(latents, noise, eta, *embeds, *callback, progress_bar)
+
+            # 7. Decode
+            return latents if output_type == "latent" else self.decode_image(latents)
+
+        # 8. Do so for one batch of tiles after another, and blend them
+        upcast = ["vae"] if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast") else []
+        blended = TileResults(redo=lambda tile: self.redo_in_float32(enlarge, tile))
+        with self.progress_bar(total=len(indices) * num_tiles) as progress_bar, self.in_float32(*upcast):
+            for tiles in pool:
                 if self.interrupt:
-                    continue
-                self._guidance_scale = guidance_scale  # a callback may have changed it for the tiles before
-                batch_size = run.stop - run.start
-                lr, enlarged = (torch.cat(tiles).to(device) for tiles in zip(*(grid.cut(*at) for at in corners)))
-                prompt_embeds = self._repeat(all_prompt_embeds, run, len(corners))
-                negative_prompt_embeds = self._repeat(all_negative_prompt_embeds, run, len(corners))
+                    break
+                blended.put(tiles, enlarge_within_memory(enlarge, tiles, pool))
+            blended.finish()
 
-                # 5. Draw the noise tile by tile, so that the result does not depend on how tiles are batched
-                run_generator = list(generator[run]) if isinstance(generator, (list, tuple)) else generator
-                num_maps = 2 + (len(indices) - 1 if eta > 0 else 0)
-                noise = [
-                    self.prepare_noise(batch_size, *lr.shape[-2:], num_maps, run_generator, device) for _ in corners
-                ]
-                noise = torch.cat(noise, dim=1)
-
-                # 6. Start from the enlarged image's latents plus the predicted noise
-                latents = self.prepare_latents(lr, enlarged, indices[:1].to(device), noise)
-
-                # 7. Denoise
-                for i, index in enumerate(indices.tolist()):
-                    if self.interrupt:
-                        continue
-                    latents_input, embeds = latents.to(self.unet.dtype), prompt_embeds
-                    if self.do_classifier_free_guidance:
-                        latents_input = torch.cat([latents_input] * 2)
-                        embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-                    model_output = self.unet(latents_input, index, encoder_hidden_states=embeds).sample.float()
-                    if self.do_classifier_free_guidance:
-                        unconditional, conditional = model_output.chunk(2)
-                        model_output = unconditional + self.guidance_scale * (conditional - unconditional)
-                    variance_noise = noise[2 + i] if eta > 0 and i < len(indices) - 1 else None
-                    latents = self.scheduler.step(
-                        model_output, index, latents, eta, variance_noise=variance_noise
-                    ).prev_sample
-
-                    if callback_on_step_end is not None:
-                        callback_kwargs = {}
-                        for k in callback_on_step_end_tensor_inputs or []:
-                            callback_kwargs[k] = locals()[k]
-                        callback_outputs = callback_on_step_end(self, i, index, callback_kwargs) or {}
-                        latents = callback_outputs.pop("latents", latents)
-                        prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
-                        negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
-                    progress_bar.update(len(corners))
-
-                # 8. Decode and blend
-                output = latents if output_type == "latent" else self.decode_image(latents)
-                for corner, tile in zip(corners, output.split(batch_size)):
-                    blender.add(tile, *corner)
-
-        results = [blender.sum for _, blender in runs]
+        results = [blender.sum for _, _, blender in runs]
         if color_fix is not None:
-            results = [apply_color_fix(blender.sum, grid.enlarged_rows, color_fix) for grid, blender in runs]
+            results = [apply_color_fix(blender.sum, grid.enlarged_rows, color_fix) for _, grid, blender in runs]
 
         # 9. Give the images in the type that was asked for
         images = self.image_processor.postprocess(results, inputs, output_type)

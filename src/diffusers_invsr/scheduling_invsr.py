@@ -211,7 +211,10 @@ class InvSRScheduler(DDIMScheduler):
             steps = published_schedule(1 if num_inference_steps is None else num_inference_steps)
         self.num_inference_steps = len(steps)
         self.timesteps = torch.tensor([step - 1 for step in steps], dtype=torch.int64, device=device)
-        self._next_index = dict(zip(self.timesteps.tolist(), [*self.timesteps.tolist()[1:], -1]))
+        # As numbers of Python: reading them off a device at every step would wait for it.
+        indices = self.timesteps.tolist()
+        alphas = self.alphas_cumprod[self.timesteps.to(self.alphas_cumprod.device)].tolist()
+        self._alpha_prods = dict(zip(indices, zip(alphas, [*alphas[1:], self.final_alpha_cumprod.item()])))
 
     def step(
         self,
@@ -247,18 +250,14 @@ class InvSRScheduler(DDIMScheduler):
         if self.num_inference_steps is None:
             raise ValueError("The scheduler has no schedule yet: call `set_timesteps` first.")
         timestep = int(timestep)
-        if timestep not in self._next_index:
+        if timestep not in self._alpha_prods:
             raise ValueError(
                 f"`timestep` has to be an index of the schedule {self.timesteps.tolist()}, but is {timestep}."
             )
         if generator is not None and variance_noise is not None:
             raise ValueError("`generator` and `variance_noise` cannot both be given.")
 
-        prev_timestep = self._next_index[timestep]
-        alpha_prod = self.alphas_cumprod[timestep].item()
-        alpha_prod_prev = (
-            self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod
-        ).item()
+        alpha_prod, alpha_prod_prev = self._alpha_prods[timestep]
         sqrt_alpha, sqrt_beta = alpha_prod**0.5, (1 - alpha_prod) ** 0.5
 
         # z_0 and epsilon of z = sqrt(alpha) z_0 + sqrt(1 - alpha) epsilon

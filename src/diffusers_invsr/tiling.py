@@ -59,6 +59,11 @@ def to_float(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
 
 
+def enlarge(lr: torch.Tensor, scale: int) -> torch.Tensor:
+    """Bicubic enlargement, as published: no antialiasing, not clamped."""
+    return F.interpolate(lr, scale_factor=scale, mode="bicubic", align_corners=False)
+
+
 TILE_WINDOWS = ("gaussian", "raised_cosine")
 
 
@@ -190,12 +195,14 @@ class TileGrid:
         """Corners `(top, left)` of the tiles in the padded image, row by row."""
         return ((top, left) for top in self.rows.starts for left in self.columns.starts)
 
-    def cut(self, top: int, left: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tile at a corner, in float32: LR `(batch, 3, h, w)` and enlarged `(batch, 3, scale * h, scale * w)`."""
+    def cut(self, top: int, left: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tile at a corner, in float32: LR `(batch, 3, h, w)` and enlarged `(batch, 3, scale * h, scale * w)`.
+
+        At the model's own scale the latter is `None`: it is [`enlarge`] of the former, best done on the device.
+        """
         if self.native:
             rows, columns = self.rows.positions(top).long(), self.columns.positions(left).long()
-            lr = to_float(self.pixels.index_select(-2, rows).index_select(-1, columns))
-            return lr, F.interpolate(lr, scale_factor=self.scale, mode="bicubic", align_corners=False)
+            return to_float(self.pixels.index_select(-2, rows).index_select(-1, columns)), None
         return self._resample(top, left, 1), self._resample(top, left, self.scale)
 
     def _resample(self, top: int, left: int, pixels_per_lr: int) -> torch.Tensor:
@@ -243,9 +250,9 @@ class TileBlender:
         size = grid.target_size if crop else [int(axis.padded_length * pixels_per_lr) for axis in self.axes]
         self.sum = torch.zeros(*shape, *size)
 
-    def add(self, tile: torch.Tensor, top: int, left: int):
-        """Add the result `(batch, channels, height, width)` of the tile at a corner."""
-        region, tile = self.sum, tile.to("cpu", torch.float32)
+    def add(self, tile: torch.Tensor, top: int, left: int, images: slice = slice(None)):
+        """Add the result `(batch, channels, height, width)` of the tile at a corner, of all `images` or some."""
+        region, tile = self.sum[images], tile.to("cpu", torch.float32)
         for start, weights, front, dim in zip((top, left), self.weights, self.fronts, (-2, -1)):
             weights = weights[start]
             offset = int(start * self.pixels_per_lr) - front

@@ -1,0 +1,19 @@
+"""What suits a device."""
+
+import torch
+
+
+def auto_dtype(device: torch.device | str) -> torch.dtype:
+    r"""
+    The number type that is fastest on a device without trouble: bfloat16 where the device computes in it (CUDA; CPUs
+    with AVX-512 BF16 or AMX), else float32. Not float16, in which Stable Diffusion's VAE overflows.
+
+    Args:
+        device (`torch.device` or `str`): Where the pipeline is going to run.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if fast else torch.float32

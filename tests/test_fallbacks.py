@@ -1,0 +1,115 @@
+"""Tiles that do not fit into memory, or overflow."""
+
+import pytest
+import torch
+from test_pipeline import generator, photo, pipe  # noqa: F401
+
+from diffusers_invsr import auto_dtype
+from diffusers_invsr.tile_batches import Tile, TilePool
+
+
+TILES = {"tile_size": 16, "tile_overlap": 4, "num_steps": 2, "eta": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def warnings(caplog):
+    """Texts of the warnings so far."""
+    return lambda: [record.getMessage() for record in caplog.records if "fallbacks" in record.name]
+
+
+def limit_memory(module: torch.nn.Module, images: int, latents: int) -> list[tuple[int, int]]:
+    """Let a module run out of memory with more images, or larger ones; returns what it was called with."""
+    seen = []
+
+    def hook(module, arguments):
+        count, side = arguments[0].shape[0], arguments[0].shape[-1]
+        seen.append((count, side))
+        if count > images or side > latents:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    module.register_forward_pre_hook(hook)
+    return seen
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_a_batch_is_halved_until_it_fits(pipe, warnings, images):  # noqa: F811
+    expected = pipe(photo(40, 56), **TILES)
+    seen = limit_memory(pipe.pipeline.unet, images, 8)
+    result = pipe(photo(40, 56), **TILES, tile_batch_size=8)
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+    failures = [count for count, _ in seen if count > images]
+    assert failures == [8, 4, 2][: 3 if images == 1 else 2]  # and never again
+    assert [f"{count} tiles at once" in text for count, text in zip(failures, warnings())] == [True] * len(failures)
+
+
+@pytest.mark.parametrize("tile_size", [None, "auto", 32])
+def test_a_tile_is_halved_until_it_fits(pipe, warnings, tile_size):  # noqa: F811
+    expected = pipe(photo(40, 56), tile_size=16, num_steps=2)
+    pipe.pipeline.register_to_config(tile_size=32)
+    seen = limit_memory(pipe.pipeline.unet, 1, 8)
+    result = pipe(photo(40, 56), tile_size=tile_size, num_steps=2)
+    # The noise is that of a call with these tiles from the start
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+    assert warnings()[-1].endswith("beginning again with `tile_size=16`.") and seen[-1] == (1, 8)
+
+
+def test_an_image_that_fits_in_no_tile_is_an_error(pipe):  # noqa: F811
+    limit_memory(pipe.pipeline.unet, 1, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipe(photo(), tile_size=16)
+
+
+def test_other_errors_pass(pipe):  # noqa: F811
+    def hook(module, arguments):
+        raise RuntimeError("shapes differ")
+
+    pipe.pipeline.unet.register_forward_pre_hook(hook)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        pipe(photo(), **TILES, tile_batch_size=4)
+
+
+@pytest.mark.parametrize("force_upcast", [False, True])
+def test_a_vae_that_overflows_in_float16(pipe, warnings, force_upcast):  # noqa: F811
+    vae = pipe.pipeline.vae
+    vae.register_to_config(force_upcast=force_upcast)
+    vae.decoder.conv_in.weight.mul_(3e4)  # the norm after it takes the factor out again
+    expected = pipe(photo(), **TILES)
+    pipe.pipeline.to(dtype=torch.float16)
+    with torch.autocast("cpu", enabled=False):
+        latents = torch.randn(1, 4, 8, 8, generator=generator())
+        assert not pipe.pipeline.decode_image(latents).isfinite().all()
+    result = pipe(photo(), **TILES)
+    torch.testing.assert_close(result, expected, atol=0.05, rtol=0)
+    assert vae.dtype == torch.float16 and pipe.pipeline.unet.dtype == torch.float16
+    assert bool(warnings()) != force_upcast  # the VAE's own configuration knows better than to try
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_damaged_weights_are_an_error_not_a_black_image(pipe, dtype):  # noqa: F811
+    pipe.pipeline.vae.decoder.conv_out.bias.fill_(torch.nan)
+    pipe.pipeline.to(dtype=dtype)
+    with pytest.raises(FloatingPointError, match="not finite, even in float32"):
+        pipe(photo(), num_steps=1)
+
+
+def test_auto_dtype_is_one_that_the_device_computes_in():
+    assert auto_dtype("mps") == torch.float32
+    assert auto_dtype("cpu") in (torch.float32, torch.bfloat16)
+
+
+def test_pool_puts_tiles_of_one_shape_together():
+    sides = [4, 8, 4, 4, 8, 4, 4]
+    tiles = [Tile(torch.zeros(1, 3, side, side), None, torch.zeros(2), i, print) for i, side in enumerate(sides)]
+    assert [[tile.image for tile in batch] for batch in TilePool(tiles, 2)] == [[0, 2], [1, 4], [3, 5], [6]]
+    pool = TilePool(tiles, 4)
+    batches = []
+    for batch in pool:
+        batches.append([tile.image for tile in batch])
+        pool.batch_size = 1
+    assert batches == [[0, 2, 3, 5], [6], [1], [4]]
