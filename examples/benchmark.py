@@ -65,10 +65,8 @@ class Workload:
     num_images: int
 
     def __str__(self) -> str:
-        steps, images = (
-            f"{n} {word}{'s' * (n > 1)}" for n, word in ((self.steps, "step"), (self.num_images, "image"))
-        )
-        return f"{self.width}x{self.height}, {steps}, {images}"
+        steps = f"{self.steps} step{'s' * (self.steps > 1)}"
+        return f"{self.width}x{self.height}, {steps}, {self.num_images} image{'s' * (self.num_images > 1)}"
 
     def make_images(self) -> list[Image.Image]:
         image = ImageOps.fit(Image.open(PHOTOGRAPH).convert("RGB"), (self.width, self.height))
@@ -95,9 +93,7 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=float, help="channels of the random model: 1 (default), 0.5 ... 0.0625")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="cpu or cuda (default: %(default)s)")
-    parser.add_argument(
-        "--baseline", choices=("base", "published"), default="base", help="what the others are held to"
-    )
+    parser.add_argument("--baseline", choices=("base", "published"), default="base", help="the reference")
     parser.add_argument("--repeats", type=positive, default=5, help="turns that count (default: %(default)s)")
     parser.add_argument("--warmup", type=positive, default=2, help="runs before them (default: %(default)s)")
     work = parser.add_argument_group("what is done; all combinations are measured")
@@ -162,7 +158,7 @@ def timed(function, device: torch.device) -> float:
 
 
 @torch.no_grad()
-def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 10) -> float:
+def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
     """Operations a second of the fastest of several products of square matrices."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device).to(dtype)
@@ -206,9 +202,8 @@ def measure(
         try:
             measured, output = prepare(runner, run, warmup, device)
         except (ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
-            raise SystemExit(
-                f"{workload}: the variant {runner.variant.name!r} cannot run: {describe(error)}"
-            ) from error
+            name = runner.variant.name
+            raise SystemExit(f"{workload}: the variant {name!r} cannot run: {describe(error)}") from error
         reference = output if reference is None else reference
         measured.psnr = psnr(output, reference)
         results.append(measured)

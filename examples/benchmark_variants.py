@@ -136,7 +136,7 @@ def make_variants(options: dict[str, list], combinations: list[tuple[str, dict]]
 def enlarge_as_published(
     pipe: InvSRPipeline, images: list[Image.Image], generators: list[torch.Generator], num_steps: int, tile_size
 ) -> list[Image.Image]:
-    """The published procedure: tiles that overlap by a half, one by one, each with its own pass of the text encoder."""
+    """The published procedure: tiles that overlap by a half, one by one, the text encoded for each of them."""
     tile_size = pipe.config.tile_size if tile_size == "auto" else tile_size
     pipe.scheduler.set_timesteps(num_steps)
     start, *_ = timesteps = pipe.scheduler.timesteps.tolist()
