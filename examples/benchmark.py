@@ -158,7 +158,7 @@ def timed(function, device: torch.device) -> float:
 
 
 @torch.no_grad()
-def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 5) -> float:
+def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 3) -> float:
     """Operations a second of the fastest of several products of square matrices."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(2, size, size, device=device).to(dtype)
@@ -226,7 +226,6 @@ def main(args: list[str] | None = None):
         model = load_model(arguments.model, arguments.width, device)
     except (ValueError, OSError) as error:
         raise SystemExit(f"The model cannot be had: {describe(error)}") from error
-    peaks = {variant.settings.dtype: matmul_peak(variant.settings.torch_dtype, device) for variant in variants}
     workloads = [
         Workload(*size, steps, images)
         for size, steps, images in product(arguments.sizes, arguments.steps, arguments.images)
@@ -236,6 +235,7 @@ def main(args: list[str] | None = None):
         for workload in workloads:
             runners = [Runner(variant, model, weights, device) for variant in variants]
             results[str(workload)] = measure(workload, runners, arguments.repeats, arguments.warmup, device, progress)
+    peaks = {variant.settings.dtype: matmul_peak(variant.settings.torch_dtype, device) for variant in variants}
     command = {"model": arguments.model, "width": arguments.width, "repeats": arguments.repeats}
     print(save_report(results, peaks, {**environment(device), **command}, arguments.output))
 

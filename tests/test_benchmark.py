@@ -1,5 +1,6 @@
 """The benchmark, with SD-Turbo's modules at a sixteenth of their width."""
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -53,8 +54,9 @@ def test_the_configurations_are_those_of_sd_turbo():
         "text_encoder": 340_387_840,
         "noise_predictor": 33_837_576,
     }
-    published = InvSRNoisePredictor.from_config({}).config
-    assert all(models["noise_predictor"].config[key] == value for key, value in published.items())
+    config = models["noise_predictor"].config
+    defaults = {key: item.default for key, item in inspect.signature(InvSRNoisePredictor).parameters.items()}
+    assert {key: config[key] for key in defaults} == defaults
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -100,7 +102,7 @@ def run(tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("benchmark") / "results"
     options = ["--output", output, "--device", "cpu", "--width", 1 / 16, "--sizes", "64x32", "--tile-size", 32]
     options += ["--baseline", "published", "--repeats", 2, "--warmup", 1]
-    options += ["--variant", "half:tile-overlap=16,tile_batch_size=2", "--variant", "again:tile_batch_size=1"]
+    options += ["--variant", "half:tile-overlap=16,tile_batch_size=2"]
     benchmark.main([str(option) for option in options])
     assert sorted(file.name for file in output.iterdir()) == ["benchmark.json", "benchmark.md", "benchmark.png"]
     assert [file.name for file in output.parent.iterdir()] == ["results"]
@@ -112,7 +114,7 @@ def run(tmp_path_factory) -> dict:
 def test_the_published_procedure_is_the_reference(run):
     (workload,) = run["workloads"]
     rows = {row["name"]: row for row in workload["variants"]}
-    assert list(rows) == ["published", "base", "half", "again"]
+    assert list(rows) == ["published", "base", "half"]
     assert workload["reference"] == "published" and workload["workload"] == "64x32, 1 step, 1 image"
     assert rows["published"]["speed_up"] == {"of_medians": 1, "lowest": 1, "highest": 1}
     median = [np.median(rows[name]["seconds"]) for name in ("published", "half")]
@@ -120,7 +122,6 @@ def test_the_published_procedure_is_the_reference(run):
     # With its tiles the pipeline computes the same, with others it does not.
     assert rows["half"]["equal_to_reference"] or rows["half"]["psnr"] > 70
     assert not rows["base"]["equal_to_reference"] and rows["base"]["psnr"] < 60
-    assert rows["again"]["psnr"] == pytest.approx(rows["base"]["psnr"])
 
 
 def test_calls_and_operations(run):
@@ -167,10 +168,9 @@ def test_the_published_procedure_is_that_of_the_pipeline(small, model, num_steps
 
 def test_runners_share_weights_and_nothing_else(small):
     weights = {}
-    first, second = (
-        Runner(Variant(layout, Settings(layout=layout)), small, weights, CPU) for layout in ("auto", "nchw")
-    )
-    other = Runner(Variant("half", Settings(dtype="bfloat16", vae="tiny")), small, weights, CPU)
+    variants = [Variant(layout, Settings(layout=layout)) for layout in ("auto", "nchw")]
+    first, second = (Runner(variant, small, weights, CPU) for variant in variants)
+    other = Runner(Variant("half", Settings(dtype="bfloat16", vae="tiny", tile_size=32)), small, weights, CPU)
     pointers = [runner.pipe.unet.conv_in.weight.data_ptr() for runner in (first, second)]
     assert pointers[0] == pointers[1] == small.unet.conv_in.weight.data_ptr()
     assert len(second.pipe.unet._forward_pre_hooks) == 1 and not first.pipe.unet._forward_pre_hooks
@@ -224,7 +224,10 @@ def test_variants_change_one_thing_each():
         (["--width", "0.3"], "`width` has to be one of 1, 0.5, 0.25, 0.125, 0.0625, but is 0.3"),
         (["--model", "nothing"], "--model nothing is neither random, tiny nor a folder of a saved pipeline"),
         (["--model", "tiny", "--tile-size", "33"], "the variant 'base' cannot run: `tile_size` has to be a positive"),
-        (["--model", "tiny", "--compile", "regional"], "the variant 'base' cannot run: Regional compilation failed"),
+        (
+            ["--model", "tiny", "--tile-size", "32", "--compile", "regional"],
+            "the variant 'base' cannot run: Regional compilation failed",
+        ),
     ],
 )
 def test_refusals(tmp_path, capsys, options, message):
