@@ -9,21 +9,15 @@ sum of the blended tiles), 3 bytes as an array of 8 bits and 4 bytes as a PIL im
 import argparse
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
+from peak_memory import PeakMemory
 from PIL import Image
 
 from diffusers_invsr import TINY, InvSRPipeline
 
 
 BYTES_PER_OUTPUT_PIXEL = 12 + 3 + 4
-
-
-def status(key: str) -> float:
-    """A memory figure of this process in MB, as the kernel gives it: VmRSS now, VmHWM at its highest."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
 def measure(size: int, model: str, tile_size: int | None) -> tuple[float, float]:
@@ -33,10 +27,9 @@ def measure(size: int, model: str, tile_size: int | None) -> tuple[float, float]
     tile_size = tile_size or pipe.config.tile_size
     pipe(Image.new("RGB", (tile_size, tile_size)), tile_size=tile_size)
     image = Image.effect_noise((size, size), 64).convert("RGB")
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = status("VmRSS")
-    pipe(image, tile_size=tile_size, generator=torch.Generator().manual_seed(0))
-    return status("VmHWM") - before, (pipe.config.scale * size) ** 2 * BYTES_PER_OUTPUT_PIXEL / 2**20
+    with PeakMemory() as memory:
+        pipe(image, tile_size=tile_size, generator=torch.Generator().manual_seed(0))
+    return memory.growth, (pipe.config.scale * size) ** 2 * BYTES_PER_OUTPUT_PIXEL / 2**20
 
 
 def main():

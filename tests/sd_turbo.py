@@ -10,19 +10,13 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-
-def make_tokenizer() -> CLIPTokenizer:
-    """A tokenizer of letters, of which the last one of a word is another token."""
-    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+from transformers import CLIPTextConfig, CLIPTextModel
 
 
 def save_sd_turbo(folder: Path, cases: dict):
     """Save a tiny `StableDiffusionPipeline` with modules as in `cases.json` and an Euler scheduler in `folder`."""
+    from diffusers_invsr.sd_turbo import make_tokenizer  # here: `enlarge` is used without the package too
+
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     text_config = CLIPTextConfig(

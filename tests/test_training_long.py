@@ -7,7 +7,6 @@ import signal
 import pytest
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from sd_turbo import make_tokenizer
 from test_training import (  # noqa: F401 (fixtures)
     ROOT,
     assert_same_end,
@@ -21,6 +20,7 @@ from test_training import (  # noqa: F401 (fixtures)
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_invsr import InvSRNoisePredictor
+from diffusers_invsr.sd_turbo import UNET, VAE, make_tokenizer
 from diffusers_invsr.training import InvSRDiscriminator, LatentLPIPS
 from diffusers_invsr.training.logs import read_log
 
@@ -56,20 +56,7 @@ def sd_turbo_size(tmp_path):
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            sample_size=64,
-            block_out_channels=(320, 640, 1280, 1280),
-            cross_attention_dim=1024,
-            attention_head_dim=(5, 10, 20, 20),
-            use_linear_projection=True,
-        )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            sample_size=768,
-        )
+        unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
     assert sum(p.numel() for p in unet.parameters()) == 865_910_724
     assert sum(p.numel() for p in vae.parameters()) == 83_653_863
     for model in (unet, vae):

@@ -1,0 +1,244 @@
+"""Speed, memory and agreement of InvSR's ways to run, by component and end to end. Nothing is downloaded.
+
+    python examples/benchmark.py --output results --width 0.25
+    python examples/benchmark.py --output results --device cuda --dtype bfloat16 --baseline published \
+        --sizes 128x128 512x512 --tile-batch-size 1 4 16 --compile no full \
+        --variant fastest:compile=full,tile_batch_size=16,vae=tiny
+
+The model is of SD-Turbo's shapes with random weights (`--width` times its channels), or any saved pipeline.
+
+Variants: the first value of each option makes the variant `base`; each further value makes one that differs from it in
+that alone; `--variant NAME:key=value,key=value` adds combinations. All variants are measured for each size, number of
+steps and number of images, turn by turn, so that what else the machine does hits all alike. `--baseline published`
+adds the published procedure: half-overlapping tiles of the first `--tile-size`, one by one, the text encoded at every
+tile, eager, NCHW, in the first `--dtype`. The reference of speed-ups and PSNR is that, or else `base`.
+
+Times are medians with the range of all repeats, after warm-up. Speed-ups are ratios of medians, with the range of the
+ratios of single turns. Operations are those of matrix products, convolutions and attention, a multiplication and an
+addition as two; the peak is the best of several products of large matrices in the same number type, as PyTorch is set
+up (float32 convolutions on CUDA may use TF32 where such products do not, and exceed it). PSNR compares the results in
+8 bits; with random weights it tells whether variants compute the same, not how good a result is.
+Memory is the peak of one run beyond what was held before it. Needs matplotlib.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from benchmark_report import Measured, MeasuredPart, environment, save_report
+from benchmark_variants import (
+    FIELDS,
+    Runner,
+    count_flops,
+    make_variants,
+    parse_setting,
+    parse_variant,
+    parts_of,
+    record_calls,
+)
+from peak_memory import PeakMemory, return_free_memory
+from PIL import Image, ImageChops, ImageOps
+from tqdm import tqdm
+
+from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr.cli_models import describe
+from diffusers_invsr.metrics import psnr
+from diffusers_invsr.sd_turbo import build_pipeline
+
+
+PHOTOGRAPH = Path(__file__).parent / "images" / "lighthouse.png"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What all variants do: LR images of one size, and the steps."""
+
+    width: int
+    height: int
+    steps: int
+    num_images: int
+
+    def __str__(self) -> str:
+        steps = f"{self.steps} step{'s' * (self.steps > 1)}"
+        return f"{self.width}x{self.height}, {steps}, {self.num_images} image{'s' * (self.num_images > 1)}"
+
+    def make_images(self) -> list[Image.Image]:
+        image = ImageOps.fit(Image.open(PHOTOGRAPH).convert("RGB"), (self.width, self.height))
+        return [ImageChops.offset(image, 17 * number) for number in range(self.num_images)]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) >= 2 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} has to be WIDTHxHEIGHT in LR pixels, at least 2x2")
+    return int(sides[0]), int(sides[1])
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has to be an integer from 1")
+    return int(text)
+
+
+def parse_arguments(args: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="new folder for table, JSON and plot")
+    parser.add_argument("--model", default="random", help="random (SD-Turbo's shapes), tiny, or a pipeline's folder")
+    parser.add_argument("--width", type=float, help="channels of the random model: 1 (default), 0.5 ... 0.0625")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--baseline", choices=("base", "published"), default="base", help="the reference")
+    parser.add_argument("--repeats", type=positive, default=5, help="turns that count (default: %(default)s)")
+    parser.add_argument("--warmup", type=positive, default=2, help="runs before them (default: %(default)s)")
+    work = parser.add_argument_group("what is done; all combinations are measured")
+    work.add_argument("--sizes", type=parse_size, nargs="+", default=[(128, 128)], help="WIDTHxHEIGHT in LR pixels")
+    work.add_argument("--steps", type=positive, nargs="+", default=[1], help="diffusion steps (default: 1)")
+    work.add_argument("--images", type=positive, nargs="+", default=[1], help="images (default: 1)")
+    settings = parser.add_argument_group("how it is done; the first values make the variant `base`")
+    for name, item in FIELDS.items():
+        rules = item.metadata
+        accepted = rules.get("choices") or (*rules.get("words", {}), "N")
+        settings.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=partial(parse_setting, name),
+            nargs="+",
+            default=[item.default],
+            metavar=f"{{{','.join(accepted)}}}",
+            help=rules.get("help", "number type"),
+        )
+    settings.add_argument(
+        "--variant", type=parse_variant, action="append", default=[], help="NAME:key=value,...: a combination"
+    )
+    arguments = parser.parse_args(args)
+
+    if arguments.output.exists():
+        parser.error(f"--output {arguments.output} exists already: name a new folder")
+    if arguments.width is not None and arguments.model != "random":
+        parser.error(f"--width {arguments.width:g} is for the random model, not for --model {arguments.model}")
+    try:
+        arguments.device = torch.device(arguments.device)
+        torch.ones(1, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {arguments.device} cannot be used: {describe(error)}")
+    if arguments.device.type not in ("cpu", "cuda"):
+        parser.error(f"--device has to be cpu or cuda, but is {arguments.device}")
+    options = {name: getattr(arguments, name) for name in FIELDS}
+    try:
+        arguments.variants = make_variants(options, arguments.variant, arguments.baseline == "published")
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def load_model(model: str, width: float | None, device: torch.device) -> InvSRPipeline:
+    if model == "random":
+        with device:  # random numbers are drawn there
+            return build_pipeline(1.0 if width is None else width)
+    folder = Path(TINY if model == "tiny" else model)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"--model {model} is neither random, tiny nor a folder of a saved pipeline")
+    return InvSRPipeline.from_pretrained(folder).to(device)
+
+
+def timed(function, device: torch.device) -> float:
+    """Seconds of a call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def matmul_peak(dtype: torch.dtype, device: torch.device, repeats: int = 3) -> float:
+    """Operations a second of the fastest of several products of square matrices."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    timed(lambda: a @ b, device)
+    return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(repeats))
+
+
+def prepare(runner: Runner, run: Callable, warmup: int, device: torch.device) -> tuple[Measured, np.ndarray]:
+    """Count calls and operations, compile, warm up, and measure memory. Returns the result of the last run too."""
+    pipe = runner.pipe
+    with record_calls(pipe) as calls:  # before compiling, which would take the hooks in
+        if pipe.takes_text:
+            pipe.encode_prompt(do_classifier_free_guidance=False, device=device)  # into the cache: no call of the run
+        for entry in calls.values():
+            entry.items = entry.count = 0
+        run()
+    parts = {
+        name: MeasuredPart(calls[name], count_flops(part, calls[name]))
+        for name, part in parts_of(pipe).items()
+        if name in calls
+    }
+    runner.compile()
+    first_run = timed(run, device)
+    for _ in range(warmup - 1):
+        run()
+    return_free_memory()
+    with PeakMemory(device) as memory:
+        output = run()
+    return Measured(runner.variant, parts, first_run, memory.growth, runner.weight_bytes / 2**20), output
+
+
+@torch.no_grad()
+def measure(
+    workload: Workload, runners: list[Runner], repeats: int, warmup: int, device: torch.device, progress: tqdm
+) -> list[Measured]:
+    """Measure all variants, turn by turn. The first one is the reference of PSNR."""
+    images, results, reference = workload.make_images(), [], None
+    runs = [partial(runner.run, images, workload.steps) for runner in runners]
+    for runner, run in zip(runners, runs):
+        progress.set_description(f"{workload}: {runner.variant.name}")
+        try:
+            measured, output = prepare(runner, run, warmup, device)
+        except (ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
+            name = runner.variant.name
+            raise SystemExit(f"{workload}: the variant {name!r} cannot run: {describe(error)}") from error
+        reference = output if reference is None else reference
+        measured.psnr = psnr(output, reference)
+        results.append(measured)
+        progress.update()
+    for turn in range(repeats):
+        progress.set_description(f"{workload}: turn {turn + 1} of {repeats}")
+        for runner, run, measured in zip(runners, runs, results):
+            measured.times.append(timed(run, device))
+            for name, part in measured.parts.items():
+                module = parts_of(runner.pipe)[name]
+                part.times.append(timed(partial(module, *part.calls.args, **part.calls.kwargs), device))
+        progress.update()
+    return results
+
+
+def main(args: list[str] | None = None):
+    arguments = parse_arguments(args)
+    device, variants = arguments.device, arguments.variants
+    try:
+        model = load_model(arguments.model, arguments.width, device)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"The model cannot be had: {describe(error)}") from error
+    workloads = [
+        Workload(*size, steps, images)
+        for size, steps, images in product(arguments.sizes, arguments.steps, arguments.images)
+    ]
+    weights, results = {}, {}
+    with tqdm(total=len(workloads) * (len(variants) + arguments.repeats)) as progress:
+        for workload in workloads:
+            runners = [Runner(variant, model, weights, device) for variant in variants]
+            results[str(workload)] = measure(workload, runners, arguments.repeats, arguments.warmup, device, progress)
+    peaks = {variant.settings.dtype: matmul_peak(variant.settings.torch_dtype, device) for variant in variants}
+    command = {"model": arguments.model, "width": arguments.width, "repeats": arguments.repeats}
+    print(save_report(results, peaks, {**environment(device), **command}, arguments.output))
+
+
+if __name__ == "__main__":
+    main()
