@@ -24,6 +24,7 @@ DIFFUSERS = (
     "import torch; from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel;"
     " from transformers import CLIPTextModel, CLIPTokenizer"
 )
+CLI = "from diffusers_invsr.cli import main; main()"
 # LR pixels of a side: the embedded model pads smaller images to one tile
 SIDE = 32
 
@@ -44,13 +45,13 @@ def main(args: list[str] | None = None):
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder, "lr.png")
         Image.effect_noise((SIDE, SIDE), 64).convert("RGB").save(image)
-        upscale = f"from diffusers_invsr.cli import main; main(['upscale', {str(image)!r}, '-o', {folder + '/out'!r}"
+        upscale = ["diffusers-invsr", "upscale", str(image), "-o", folder + "/out", "--device", "cpu", "--overwrite"]
         commands = {
             "interpreter": "pass",
             "diffusers": DIFFUSERS,
             "diffusers, then diffusers_invsr": f"{DIFFUSERS}; import diffusers_invsr",
             "diffusers_invsr alone": "import diffusers_invsr",
-            "first tile of the command line": f"{upscale}, '--device', 'cpu', '--overwrite'])",
+            "first tile of the command line": f"import sys; sys.argv = {upscale}; {CLI}",
         }
         times = {name: [] for name in commands}
         for turn in range(arguments.repeats + 1):

@@ -386,7 +386,7 @@ class InvSRPipeline(
         target_size: tuple[int, int] | None,
         tile_size: int | None,
         tile_overlap: int | None,
-        tile_window: str,
+        tile_window: str = "gaussian",
     ) -> TileGrid:
         r"""
         The tiles of images of one size. Arguments as in [`~InvSRPipeline.__call__`].
