@@ -109,7 +109,12 @@ def test_pool_puts_tiles_of_one_shape_together():
     assert [[tile.image for tile in batch] for batch in TilePool(tiles, 2)] == [[0, 2], [1, 4], [3, 5], [6]]
     pool = TilePool(tiles, 4)
     batches = []
-    for batch in pool:
+    for size, batch in zip((2, 1, 1, 1, 1), pool):  # lowered after each batch
         batches.append([tile.image for tile in batch])
-        pool.batch_size = 1
-    assert batches == [[0, 2, 3, 5], [6], [1], [4]]
+        pool.batch_size = size
+    assert batches == [[0, 2, 3, 5], [1, 4], [6]]
+    pool, seen = TilePool(tiles[:4] + tiles[5:], 8), []
+    for batch in pool:
+        seen += [tile.image for tile in batch]
+        pool.batch_size = max(pool.batch_size // 4, 1)
+    assert sorted(seen) == [0, 1, 2, 3, 5, 6]

@@ -602,7 +602,9 @@ class InvSRPipeline(
             grid = self.cut_into_tiles(inputs[run], scale, target_size, tile_size, tile_overlap, tile_window)
             runs.append((run, grid, self.prepare_blender(grid, len(members), output_type)))
         num_maps = 2 + (len(indices) - 1 if eta > 0 else 0)
-        pool = TilePool(self.draw_tiles(runs, num_maps, generator, device), tile_batch_size)
+        source = generator[0] if isinstance(generator, (list, tuple)) else generator
+        noise_device = device if source is None else source.device  # it goes to the device with its batch
+        pool = TilePool(self.draw_tiles(runs, num_maps, generator, noise_device), tile_batch_size)
         num_tiles = sum(len(grid) * (run.stop - run.start) for run, grid, _ in runs)
 
         def enlarge(tiles: list[Tile]) -> torch.Tensor:

@@ -49,8 +49,9 @@ class TilePool:
             if len(waiting[key]) >= self.batch_size:
                 yield waiting.pop(key)
         for tiles in waiting.values():
-            for first in range(0, len(tiles), self.batch_size):
-                yield tiles[first : first + self.batch_size]
+            while tiles:
+                batch, tiles = tiles[: self.batch_size], tiles[self.batch_size :]
+                yield batch
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -99,7 +100,7 @@ class TileResults:
             host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
             host.copy_(results, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(results.device))
         else:
             host = results.cpu()
         before, self._on_the_way = self._on_the_way, (tiles, host, event)
