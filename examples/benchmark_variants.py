@@ -50,7 +50,7 @@ class Settings:
     )
     tile_overlap: int | None = field(
         default=None,
-        metadata={"words": {"auto": None}, "minimum": 0, "help": "LR pixels; auto: a quarter of the tile"},
+        metadata={"words": {"auto": None}, "minimum": 0, "help": "LR pixels; auto: the default of the pipeline"},
     )
     tile_batch_size: int = field(default=1, metadata={"minimum": 1, "help": "tiles at once"})
     pool: str = field(

@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusers_invsr import TINY
 from diffusers_invsr.metrics import psnr_y, ssim_y
+from diffusers_invsr.tiling import TileBlender
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the scripts import one another
@@ -19,6 +20,7 @@ pytest.importorskip("kornia")
 
 import findings_common as common  # noqa: E402
 import make_training_images  # noqa: E402
+import measure_seams  # noqa: E402
 import paper_findings  # noqa: E402
 import reproduce_paper  # noqa: E402
 import snr_threshold  # noqa: E402
@@ -300,3 +302,67 @@ def test_prior_steps(tmp_path, steps, capsys):
     with pytest.raises(SystemExit):
         train_tiny.parse_args(arguments)
     assert f"--prior-steps has to be from 250 to 1000, but is {steps}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("overlap, window", [(0, "raised_cosine"), (8, "raised_cosine"), (16, "gaussian")])
+def test_tiles_enlarged_one_by_one_are_those_of_the_pipeline(tiny, overlap, window):
+    lr = Image.open(FIXTURES / "photos" / "kodim20_lr.png").crop((0, 0, 56, 44))
+    enlarge = measure_seams.Enlarger(tiny, lr, seed=0)
+    arguments = {"tile_overlap": overlap, "tile_window": window, "generator": torch.Generator().manual_seed(0)}
+    expected = 255 * tiny(lr, tile_size=32, output_type="np", **arguments).images[0]
+    result = enlarge(enlarge.grid(32, overlap, window))
+    assert np.abs(result - expected).mean() < 0.05  # but for the noise, which the embedded model nearly ignores
+    assert np.abs(result - enlarge(enlarge.grid(None))).mean() > 0.2
+
+
+@pytest.mark.parametrize("axis", (0, 1))
+@pytest.mark.parametrize("overlap, window", [(0, "gaussian"), (8, "gaussian"), (8, "raised_cosine")])
+def test_planted_seams_are_found(tiny, axis, overlap, window):
+    """Tiles of another brightness, alone or under noise that no line is in."""
+    rng = np.random.default_rng(0)
+    grid = measure_seams.Enlarger(tiny, Image.new("RGB", (72, 72)), seed=0).grid(32, overlap, window)
+    blender = TileBlender(grid, (1, 3), 4)
+    for corner in grid:
+        blender.add(torch.full((1, 3, 128, 128), 20.0 * ((corner[axis] > 0) + (corner[axis] > 24))), *corner)
+    planted = blender.sum[0].permute(1, 2, 0).double().numpy()
+    noise = rng.normal(size=planted.shape)
+    measures = {key: measure_seams.seam_measures(x, 0 * x, grid) for key, x in {1: planted + noise, 0: noise}.items()}
+    line = {key: values["line"] / values["line elsewhere"] for key, values in measures.items()}
+    assert line[1] > 1.3 and line[0] == pytest.approx(1, abs=0.1)
+    if overlap == 0:
+        assert measures[1]["step"] > 1.5 * measures[1]["step elsewhere"]
+    assert measures[0]["step"] == pytest.approx(measures[0]["step elsewhere"], rel=0.1)
+    assert measures[0]["band"] == pytest.approx(measures[0]["band elsewhere"], rel=0.1)
+
+
+def test_seams_are_measured_of_every_setting(photos, tmp_path):
+    arguments = options(photos, tmp_path, "--degradation", "none", "--tile-size", "32", "--overlaps", "0", "8")
+    measure_seams.main(arguments)
+    assert len(keys(tmp_path / "scores.jsonl")) == 2
+    data = json.loads((tmp_path / "seams.json").read_text())
+    values = {(row["overlap"], row["window"]): row for row in data["settings"]}
+    assert list(values) == [(o, w) for o in (0, 8, 16) for w in ("gaussian", "raised_cosine")]  # 16: the published
+    assert values[0, "gaussian"]["tiles"] == 4 and values[16, "gaussian"]["tiles"] == 9
+    assert values[0, "gaussian"]["step"] > 2 * values[0, "gaussian"]["step elsewhere"]
+    assert values[0, "gaussian"]["band"] > values[0, "gaussian"]["band elsewhere"]
+    assert values[0, "gaussian"]["psnr"] < values[16, "gaussian"]["psnr"] < data["another seed"]["psnr"]
+    assert values[16, "gaussian"]["minus published"]["line"]["mean"] == 0
+    assert (
+        data["choice"]["overlap"] > 0
+        and f"published: {data['choice']['overlap']}," in (tmp_path / "seams.md").read_text()
+    )
+    assert Image.open(tmp_path / "kodim20.png").size == (5 * 164, 6 * 164)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tile-size", "30"], "--tile-size has to be a multiple of 4, but is 30"),
+        (["--tile-size", "32", "--overlaps", "0", "32"], "from 0 to less than --tile-size 32, but are"),
+        (["--tile-size", "64"], "has to be larger than the tile, 64"),
+    ],
+)
+def test_seams_of_impossible_settings_are_refused(photos, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        measure_seams.main(options(photos, tmp_path, "--degradation", "none", *arguments))
+    assert message in capsys.readouterr().err

@@ -74,12 +74,22 @@ def test_tiling_matches_reference(deterministic_pipe, cases, tensors, index, til
     torch.testing.assert_close(result, tensors[f"tiled.{index}.output"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("published", [{"tile_window": "gaussian"}, {"tile_overlap": 16}])
+def test_published_tiling_is_one_argument_away(deterministic_pipe, cases, tensors, published):
+    case = cases["tiled"][0]
+    arguments = {"timesteps": case["timesteps"], "tile_size": case["tile_size"], "color_fix": case["color_fix"]}
+    image, expected = tensors["tiled.0.image"], tensors["tiled.0.output"]
+    result = deterministic_pipe(image, **arguments, **published)
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+    assert (deterministic_pipe(image, **arguments) - expected).abs().max() > 1e-3  # the default is another one
+
+
 def test_signature_is_the_documented_one():
     parameters = list(inspect.signature(InvSRPipeline.__call__).parameters)
     assert parameters[1:] == [
         "image", "num_steps", "start_timestep", "timesteps", "scale", "target_size", "prompt", "negative_prompt",
-        "guidance_scale", "eta", "tile_size", "tile_overlap", "tile_batch_size", "color_fix", "generator",
-        "prompt_embeds", "negative_prompt_embeds", "output_type", "return_dict", "callback_on_step_end",
+        "guidance_scale", "eta", "tile_size", "tile_overlap", "tile_window", "tile_batch_size", "color_fix",
+        "generator", "prompt_embeds", "negative_prompt_embeds", "output_type", "return_dict", "callback_on_step_end",
         "callback_on_step_end_tensor_inputs",
     ]  # fmt: skip
 
@@ -283,6 +293,10 @@ def test_no_component_is_changed_by_a_call(pipe):
         ({"tile_size": 0}, "positive multiple of 4, 'auto' or None, but is 0"),
         ({"tile_size": "foo"}, "positive multiple of 4, 'auto' or None, but is 'foo'"),
         ({"tile_size": 32, "tile_overlap": 32}, "`tile_overlap` has to be from 0 to less than"),
+        (
+            {"tile_window": "hann"},
+            r"`tile_window` has to be None or one of \('gaussian', 'raised_cosine'\), but is 'hann'",
+        ),
         ({"tile_batch_size": 0}, "`tile_batch_size` has to be a positive integer"),
         ({"color_fix": "lab"}, "`color_fix` has to be None or one of"),
         ({"output_type": "jpg"}, "`output_type` has to be"),

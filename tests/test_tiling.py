@@ -2,7 +2,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers_invsr.tiling import TileAxis, TileBlender, TileGrid, enlarge, gaussian_window
+from diffusers_invsr.tiling import (
+    TILE_WINDOWS,
+    TileAxis,
+    TileBlender,
+    TileGrid,
+    choose_overlap_and_window,
+    enlarge,
+    gaussian_window,
+    raised_cosine_window,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,13 +50,51 @@ def test_gaussian_window(size):
     torch.testing.assert_close(gaussian_window(size), torch.stack(points[length - size :]))
 
 
-@pytest.mark.parametrize("overlap", [0, 8, 16, 31])
+@pytest.mark.parametrize("size, ramp", [(1, 0), (8, 0), (8, 3), (128, 32), (128, 64)])
+def test_raised_cosine_window(size, ramp):
+    """Neighbours that share the ramp sum to 1, and beyond it the window is 1."""
+    window = raised_cosine_window(size, ramp)
+    torch.testing.assert_close(window[:ramp] + window[size - ramp :], torch.ones(ramp))
+    torch.testing.assert_close(window[ramp : size - ramp], torch.ones(max(size - 2 * ramp, 0)))
+    assert torch.equal(window, window.flip(0)) and (window.diff()[: size // 2 - 1] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "overlap, window, chosen",
+    [
+        (None, None, (8, "raised_cosine")),
+        (None, "raised_cosine", (8, "raised_cosine")),
+        # The published tiling, by either argument
+        (None, "gaussian", (32, "gaussian")),
+        (32, None, (32, "gaussian")),
+        (40, None, (40, "gaussian")),
+        (31, None, (31, "raised_cosine")),
+        (0, None, (0, "raised_cosine")),
+        (32, "raised_cosine", (32, "raised_cosine")),
+        (8, "gaussian", (8, "gaussian")),
+    ],
+)
+def test_defaults_of_overlap_and_window(overlap, window, chosen):
+    assert choose_overlap_and_window(64, overlap, window) == chosen
+    grid = TileGrid(torch.rand(1, 3, 80, 100), (320, 400), 4, 64, overlap, 4, window)
+    assert all((axis.overlap, axis.window) == chosen for axis in (grid.rows, grid.columns))
+
+
+@pytest.mark.parametrize("window", (None, *TILE_WINDOWS))
+@pytest.mark.parametrize("overlap", (None, 0, 32, 100))
+def test_without_tiles_overlap_and_window_have_no_effect(overlap, window):
+    grid = TileGrid(torch.rand(1, 3, 32, 32), (128, 128), 4, None, overlap, 4, window)
+    assert list(grid) == [(0, 0)] and torch.equal(grid.rows.weights(4)[0], torch.ones(128))
+
+
+@pytest.mark.parametrize("window", TILE_WINDOWS)
+@pytest.mark.parametrize("overlap", [0, 8, 16, 28])
 @pytest.mark.parametrize("size", [(20, 27), (32, 32), (37, 53), (64, 20), (70, 101)])
-def test_blending_the_enlarged_tiles_gives_the_enlarged_image(size, overlap):
+def test_blending_the_enlarged_tiles_gives_the_enlarged_image(size, overlap, window):
     """With the enlargement itself as the result, the seams must not show, whatever the overlap."""
     torch.manual_seed(0)
     image = F.interpolate(torch.rand(2, 3, 6, 6), size=size, mode="bilinear")
-    grid = TileGrid(image, (4 * size[0], 4 * size[1]), 4, 32, overlap, 4)
+    grid = TileGrid(image, (4 * size[0], 4 * size[1]), 4, 32, overlap, 4, window)
     blender = TileBlender(grid, (2, 3), 4)
     for corner in grid:
         blender.add(F.interpolate(grid.cut(*corner)[0], scale_factor=4, mode="nearest"), *corner)

@@ -92,7 +92,10 @@ def upscale(
         ),
     ] = "auto",
     tile_overlap: Annotated[
-        int | None, typer.Option(min=0, help="Pixels that tiles share.  [default: a quarter of the tile]")
+        int | None,
+        typer.Option(
+            min=0, help="Pixels that tiles share; half the tile is as published.  [default: an eighth of the tile]"
+        ),
     ] = None,
     tile_batch_size: Annotated[int, typer.Option(min=1, help="Tiles at once: only speed and memory change.")] = 1,
     color_fix: Annotated[
@@ -205,7 +208,7 @@ def check_options(pipe: "InvSRPipeline", options: dict):
             eta=0.0,
             tile_size=options["tile_size"],
             tile_overlap=options["tile_overlap"],
-            tile_window="gaussian",
+            tile_window=None,
             tile_batch_size=options["tile_batch_size"],
             color_fix=options["color_fix"],
             generator=None,

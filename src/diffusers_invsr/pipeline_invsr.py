@@ -170,7 +170,7 @@ class InvSRPipeline(
         eta: float,
         tile_size: int | None,
         tile_overlap: int | None,
-        tile_window: str,
+        tile_window: str | None,
         tile_batch_size: int,
         color_fix: str | None,
         generator: torch.Generator | list[torch.Generator] | None,
@@ -206,8 +206,8 @@ class InvSRPipeline(
                 raise ValueError(
                     f"`tile_overlap` has to be from 0 to less than `tile_size={tile_size}`, but is {tile_overlap!r}."
                 )
-        if tile_window not in TILE_WINDOWS:
-            raise ValueError(f"`tile_window` has to be one of {TILE_WINDOWS}, but is {tile_window!r}.")
+        if tile_window not in (None, *TILE_WINDOWS):
+            raise ValueError(f"`tile_window` has to be None or one of {TILE_WINDOWS}, but is {tile_window!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
         if color_fix not in (None, *COLOR_FIXES):
@@ -386,7 +386,7 @@ class InvSRPipeline(
         target_size: tuple[int, int] | None,
         tile_size: int | None,
         tile_overlap: int | None,
-        tile_window: str = "gaussian",
+        tile_window: str | None = None,
     ) -> TileGrid:
         r"""
         The tiles of images of one size. Arguments as in [`~InvSRPipeline.__call__`].
@@ -406,7 +406,7 @@ class InvSRPipeline(
         pixels = torch.stack([image.pixels for image in images]) if len(images) > 1 else images[0].pixels[None]
         target_size = tuple(int(side) for side in target_size)
         return TileGrid(
-            pixels, target_size, self.config.scale, tile_size, tile_overlap or 0, self.size_multiple, tile_window
+            pixels, target_size, self.config.scale, tile_size, tile_overlap, self.size_multiple, tile_window
         )
 
     def prepare_blender(self, grid: TileGrid, batch_size: int, output_type: str) -> TileBlender:
@@ -463,7 +463,7 @@ class InvSRPipeline(
         eta: float = 0.0,
         tile_size: int | str | None = "auto",
         tile_overlap: int | None = None,
-        tile_window: str = "gaussian",
+        tile_window: str | None = None,
         tile_batch_size: int = 1,
         color_fix: str | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -499,11 +499,13 @@ class InvSRPipeline(
                 Side of a tile in LR pixels at the checkpoint's own scale; `"auto"` takes the pipeline's default,
                 `None` processes the image whole.
             tile_overlap (`int`, *optional*):
-                LR pixels that neighbouring tiles share; by default a quarter of the tile. The published tiling is half
-                of it. Without tiles it has no effect.
-            tile_window (`str`, defaults to `"gaussian"`):
-                How tiles are blended: `"gaussian"` over the whole tile, as published, or `"raised_cosine"` over the
-                overlap alone.
+                LR pixels that neighbouring tiles share; by default an eighth of the tile, or half of it with
+                `tile_window="gaussian"`. Without tiles it has no effect.
+            tile_window (`str`, *optional*):
+                How tiles are blended: `"gaussian"` over the whole tile, or `"raised_cosine"` over the overlap alone.
+                By default the former if `tile_overlap` is half the tile or more, else the latter. So either
+                `tile_window="gaussian"` or `tile_overlap=tile_size // 2` alone is the published tiling. The defaults
+                were chosen on the embedded model, which has no attention; for others, the published may be better.
             tile_batch_size (`int`, defaults to 1):
                 Tiles, of all images, that go through the networks at once. Where they do not fit into memory, fewer
                 do, and where a single one does not, it begins again with tiles of half the size; both with a warning.
@@ -546,8 +548,6 @@ class InvSRPipeline(
         # 1. Check the arguments and read the images
         inputs = self.image_processor.preprocess(image)
         tile_size = self.config.tile_size if isinstance(tile_size, str) and tile_size == "auto" else tile_size
-        if tile_overlap is None and is_integer(tile_size):
-            tile_overlap = tile_size // 4
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(

@@ -67,6 +67,28 @@ def enlarge(lr: torch.Tensor, scale: int) -> torch.Tensor:
 TILE_WINDOWS = ("gaussian", "raised_cosine")
 
 
+def choose_overlap_and_window(tile_size: int | None, overlap: int | None, window: str | None) -> tuple[int, str]:
+    r"""
+    Fills in what is `None`. Tiles that overlap by half or more are blended by the published Gaussian window, and tiles
+    with such a window overlap by half; all others are blended by a raised cosine, by default over an eighth of the
+    tile: the smallest overlap at which `examples/measure_seams.py` finds no more of a seam than with the published
+    tiling, on the embedded model. That one has no attention; with models that have, the answer may differ.
+
+    Args:
+        tile_size (`int`, *optional*): LR pixels of a tile; without tiles nothing overlaps.
+        overlap (`int`, *optional*): LR pixels that neighbouring tiles share.
+        window (`str`, *optional*): `"gaussian"` or `"raised_cosine"`.
+    """
+    if tile_size is None:
+        return 0, window or "gaussian"
+    half = tile_size // 2
+    if window is None:
+        window = "gaussian" if overlap is not None and overlap >= half else "raised_cosine"
+    if overlap is None:
+        overlap = half if window == "gaussian" else tile_size // 8
+    return overlap, window
+
+
 def gaussian_window(size: int) -> torch.Tensor:
     """The published blending window of `size` output pixels: for even sizes, points 1 ... size of one longer by 1."""
     sigma = 0.3 * ((size - 1) / 2 - 1) + 0.8
@@ -79,7 +101,7 @@ def raised_cosine_window(size: int, ramp: int) -> torch.Tensor:
     """A window of `size` output pixels that is 1, with cosine ramps of `ramp` pixels at both ends."""
     x = torch.arange(size, dtype=torch.float32) + 0.5
     distance = torch.minimum(x, size - x)  # from the tile's nearer end
-    return torch.sin(0.5 * torch.pi * (distance / max(ramp, 1)).clamp(max=1)) ** 2
+    return torch.sin(0.5 * torch.pi * (distance / max(ramp, 0.5)).clamp(max=1)) ** 2
 
 
 @dataclass(frozen=True)
@@ -162,9 +184,11 @@ class TileGrid:
         target_size (`tuple[int, int]`): Output height and width.
         scale (`int`): The scale factor that the model was trained for.
         tile_size (`int`, *optional*): Tile side in LR pixels; `None` for the whole image at once.
-        tile_overlap (`int`): LR pixels that neighbouring tiles share.
+        tile_overlap (`int`, *optional*): LR pixels that neighbouring tiles share.
         multiple (`int`): LR pixels that the networks can divide a side by.
-        window (`str`): How tiles are blended: `"gaussian"` (published) or `"raised_cosine"` over the overlap.
+        window (`str`, *optional*):
+            How tiles are blended: `"gaussian"` (published) or `"raised_cosine"` over the overlap. The defaults of this
+            and of `tile_overlap` are those of [`choose_overlap_and_window`].
     """
 
     def __init__(
@@ -173,19 +197,20 @@ class TileGrid:
         target_size: tuple[int, int],
         scale: int,
         tile_size: int | None,
-        tile_overlap: int,
+        tile_overlap: int | None,
         multiple: int,
-        window: str = "gaussian",
+        window: str | None = None,
     ):
         self.pixels = pixels
         self.target_size = target_size
         self.scale = scale
         size = tuple(pixels.shape[-2:])
         self.native = target_size == (size[0] * scale, size[1] * scale)
+        overlap, window = choose_overlap_and_window(tile_size, tile_overlap, window)
         # Source pixels a target pixel
         self.steps = tuple(length / target for length, target in zip(size, target_size))
         self.rows, self.columns = (
-            TileAxis(-(-length // scale), tile_size, tile_overlap, multiple, window) for length in target_size
+            TileAxis(-(-length // scale), tile_size, overlap, multiple, window) for length in target_size
         )
 
     def __len__(self) -> int:

@@ -51,7 +51,8 @@ class Sampling:
         scale (`float`, *optional*): Enlargement, by default the pipeline's own.
         color_fix (`str`, *optional*): `"wavelet"`, `"ycbcr"` or `"adain"`; the paper's tables use `"wavelet"`.
         tile_size (`int` or `str`, *optional*, defaults to `"auto"`): Side of a tile in LR pixels; `None`: no tiles.
-        tile_overlap (`int`, *optional*): LR pixels that tiles share, by default a quarter of the tile.
+        tile_overlap (`int`, *optional*):
+            LR pixels that tiles share, by default an eighth of the tile; half of it is the published tiling.
         tile_batch_size (`int`, defaults to 1): Tiles at once.
     """
 
