@@ -4,15 +4,18 @@ Make HR images for training a small model by `train_invsr.py`: pieces of photogr
 
     python make_training_images.py --photos kodak/ --patterns 'kodim0?.png' 'kodim1[0-6].png' --output images/
 
-A photograph is cut into overlapping squares of 256 pixels, each in its four orientations (the training itself adds
-mirroring); a procedural image has 256 pixels too. So a random choice among all files gives photographs their share by
-number. `<output>/photographs` and `<output>/procedural` are what `train_invsr.py --train_data` takes.
+A photograph, at its own size and at 3/4 and 1/2 of it, is cut into overlapping squares of 256 pixels, each in its four
+orientations (the training itself adds mirroring). All but the first of these get another tone curve, half of them
+other colours: few photographs go further so. A procedural image has 256 pixels too. So a random choice among all files
+gives photographs their share by number. `<output>/photographs` and `<output>/procedural` are what
+`train_invsr.py --train_data` takes.
 """
 
 import argparse
 import tempfile
 from multiprocessing import get_context
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from PIL import Image
@@ -20,7 +23,7 @@ from procedural import make_image
 
 
 SIDE = 256  # of every image in pixels
-STRIDE = 128  # between pieces of a photograph
+STRIDES = {1.0: 128, 0.75: 64, 0.5: 64}  # pixels between pieces of a photograph, by its size
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--patterns", nargs="+", default=["*.png", "*.jpg"], help="Patterns of files in it.")
     parser.add_argument("--output", type=Path, required=True, help="Folder to write; it may not exist yet.")
     parser.add_argument("--count", type=int, default=1200, help="Number of procedural images.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the procedural images.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the procedural images and of the tone curves.")
     parser.add_argument("--processes", type=int, default=2, help="Processes that draw them.")
     args = parser.parse_args(argv)
     if args.output.exists():
@@ -46,18 +49,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def cut_photograph(file: Path, folder: Path) -> int:
+def vary(piece: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Another exponent of the tone curve, and by chance channels in another order, for an RGB image of 8 bits."""
+    channels = rng.permutation(3) if rng.random() < 0.5 else [0, 1, 2]
+    return (255 * (piece[..., channels] / 255.0) ** np.exp(rng.uniform(-0.4, 0.4))).round().astype(np.uint8)
+
+
+def cut_photograph(file: Path, folder: Path, seed: int) -> int:
     """Save the pieces of a photograph in four orientations; returns their number."""
-    photo = np.asarray(Image.open(file).convert("RGB"))
+    photo = Image.open(file).convert("RGB")
+    rng = np.random.default_rng((seed, crc32(file.name.encode())))
     pieces = 0
-    for top in range(0, photo.shape[0] - SIDE + 1, STRIDE):
-        for left in range(0, photo.shape[1] - SIDE + 1, STRIDE):
-            for quarter in range(4):
-                piece = np.rot90(photo[top : top + SIDE, left : left + SIDE], quarter)
-                Image.fromarray(np.ascontiguousarray(piece)).save(
-                    folder / f"{file.stem}_{top:04d}_{left:04d}_{quarter}.png", compress_level=1
-                )
-                pieces += 1
+    for scale, stride in STRIDES.items():
+        size = tuple(round(side * scale) for side in photo.size)
+        pixels = np.asarray(photo if scale == 1 else photo.resize(size, Image.Resampling.LANCZOS))
+        for top in range(0, pixels.shape[0] - SIDE + 1, stride):
+            for left in range(0, pixels.shape[1] - SIDE + 1, stride):
+                for quarter in range(4):
+                    piece = np.rot90(pixels[top : top + SIDE, left : left + SIDE], quarter)
+                    piece = vary(piece, rng) if quarter else piece
+                    name = f"{file.stem}_{100 * scale:03.0f}_{top:04d}_{left:04d}_{quarter}.png"
+                    Image.fromarray(np.ascontiguousarray(piece)).save(folder / name, compress_level=1)
+                    pieces += 1
     return pieces
 
 
@@ -75,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         root = Path(temporary, "new")
         for name in ("photographs", "procedural"):
             (root / name).mkdir(parents=True)
-        pieces = {file: cut_photograph(file, root / "photographs") for file in args.files}
+        pieces = {file: cut_photograph(file, root / "photographs", args.seed) for file in args.files}
         small = [file.name for file in args.files if not pieces[file]]
         if small:
             raise SystemExit(f"`--photos` have to be at least {SIDE} pixels high and wide, but {small[0]} is not.")

@@ -271,8 +271,15 @@ def test_training_images(tmp_path, capsys):
     arguments = ["--photos", str(tmp_path / "photos"), "--count", "1", "--processes", "1"]
     make_training_images.main([*arguments, "--output", str(tmp_path / "images")])
     assert "8 pieces of 1 photographs and 1 procedural images" in capsys.readouterr().out
-    turned = np.array(Image.open(tmp_path / "images" / "photographs" / "a_0000_0128_1.png"))
-    assert np.array_equal(turned, np.rot90(pixels[:, 128:]))
+    first, turned = (
+        np.array(Image.open(tmp_path / "images" / "photographs" / f"a_100_0000_0128_{quarter}.png"))
+        for quarter in (0, 1)
+    )
+    assert np.array_equal(first, pixels[:, 128:])
+    # One tone curve over channels in some order: wherever a channel was equal it is equal again
+    source = np.rot90(pixels[:, 128:])
+    curves = [{*zip(source[..., i].flat, turned[..., j].flat)} for i in range(3) for j in range(3)]
+    assert sum(len(curve) <= 256 for curve in curves) == 3
     drawn = np.array(Image.open(tmp_path / "images" / "procedural" / "00000.png"))
     assert np.array_equal(drawn, make_image(np.random.default_rng((0, 0))))
 
