@@ -80,6 +80,11 @@ def test_defaults_of_overlap_and_window(overlap, window, chosen):
     assert all((axis.overlap, axis.window) == chosen for axis in (grid.rows, grid.columns))
 
 
+@pytest.mark.parametrize("tile_size, overlap", [(4, 2), (12, 6), (16, 8), (48, 8), (64, 8), (128, 16), (256, 32)])
+def test_default_overlap_grows_with_the_tile(tile_size, overlap):
+    assert choose_overlap_and_window(tile_size, None, None) == (overlap, "raised_cosine")
+
+
 @pytest.mark.parametrize("window", (None, *TILE_WINDOWS))
 @pytest.mark.parametrize("overlap", (None, 0, 32, 100))
 def test_without_tiles_overlap_and_window_have_no_effect(overlap, window):

@@ -94,7 +94,9 @@ def upscale(
     tile_overlap: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Pixels that tiles share; half the tile is as published.  [default: an eighth of the tile]"
+            min=0,
+            help="Pixels that tiles share; half the tile is as published."
+            "  [default: an eighth of the tile, 8 or more]",
         ),
     ] = None,
     tile_batch_size: Annotated[int, typer.Option(min=1, help="Tiles at once: only speed and memory change.")] = 1,

@@ -499,8 +499,8 @@ class InvSRPipeline(
                 Side of a tile in LR pixels at the checkpoint's own scale; `"auto"` takes the pipeline's default,
                 `None` processes the image whole.
             tile_overlap (`int`, *optional*):
-                LR pixels that neighbouring tiles share; by default an eighth of the tile, or half of it with
-                `tile_window="gaussian"`. Without tiles it has no effect.
+                LR pixels that neighbouring tiles share; by default an eighth of the tile but at least 8 (or half the
+                tile), and half of it with `tile_window="gaussian"`. Without tiles it has no effect.
             tile_window (`str`, *optional*):
                 How tiles are blended: `"gaussian"` over the whole tile, or `"raised_cosine"` over the overlap alone.
                 By default the former if `tile_overlap` is half the tile or more, else the latter. So either

@@ -71,8 +71,9 @@ def choose_overlap_and_window(tile_size: int | None, overlap: int | None, window
     r"""
     Fills in what is `None`. Tiles that overlap by half or more are blended by the published Gaussian window, and tiles
     with such a window overlap by half; all others are blended by a raised cosine, by default over an eighth of the
-    tile: the smallest overlap at which `examples/measure_seams.py` finds no more of a seam than with the published
-    tiling, on the embedded model. That one has no attention; with models that have, the answer may differ.
+    tile but no less than 8 pixels (half of a tile below 16): the smallest tried with tiles of 64 at which
+    `examples/measure_seams.py` finds no more of a seam than with the published tiling, on the embedded model. That
+    one has no attention; with models that have, the answer may differ.
 
     Args:
         tile_size (`int`, *optional*): LR pixels of a tile; without tiles nothing overlaps.
@@ -85,7 +86,7 @@ def choose_overlap_and_window(tile_size: int | None, overlap: int | None, window
     if window is None:
         window = "gaussian" if overlap is not None and overlap >= half else "raised_cosine"
     if overlap is None:
-        overlap = half if window == "gaussian" else tile_size // 8
+        overlap = half if window == "gaussian" else max(tile_size // 8, min(8, half))
     return overlap, window
 
 

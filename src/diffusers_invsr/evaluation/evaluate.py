@@ -52,7 +52,7 @@ class Sampling:
         color_fix (`str`, *optional*): `"wavelet"`, `"ycbcr"` or `"adain"`; the paper's tables use `"wavelet"`.
         tile_size (`int` or `str`, *optional*, defaults to `"auto"`): Side of a tile in LR pixels; `None`: no tiles.
         tile_overlap (`int`, *optional*):
-            LR pixels that tiles share, by default an eighth of the tile; half of it is the published tiling.
+            LR pixels that tiles share, by default an eighth of the tile, 8 or more; half of it is as published.
         tile_batch_size (`int`, defaults to 1): Tiles at once.
     """
 
