@@ -24,7 +24,6 @@ DIFFUSERS = (
     "import torch; from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel;"
     " from transformers import CLIPTextModel, CLIPTokenizer"
 )
-CLI = "from diffusers_invsr.cli import main; main()"
 # LR pixels of a side: the embedded model pads smaller images to one tile
 SIDE = 32
 
@@ -45,18 +44,18 @@ def main(args: list[str] | None = None):
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder, "lr.png")
         Image.effect_noise((SIDE, SIDE), 64).convert("RGB").save(image)
-        upscale = ["diffusers-invsr", "upscale", str(image), "-o", folder + "/out", "--device", "cpu", "--overwrite"]
+        upscale = ["upscale", str(image), "-o", f"{folder}/out", "--device", "cpu", "--overwrite"]
         commands = {
-            "interpreter": "pass",
-            "diffusers": DIFFUSERS,
-            "diffusers, then diffusers_invsr": f"{DIFFUSERS}; import diffusers_invsr",
-            "diffusers_invsr alone": "import diffusers_invsr",
-            "first tile of the command line": f"import sys; sys.argv = {upscale}; {CLI}",
+            "interpreter": ["pass"],
+            "diffusers": [DIFFUSERS],
+            "diffusers, then diffusers_invsr": [f"{DIFFUSERS}; import diffusers_invsr"],
+            "diffusers_invsr alone": ["import diffusers_invsr"],
+            "first tile of the command line": ["from diffusers_invsr.cli import main; main()", *upscale],
         }
         times = {name: [] for name in commands}
         for turn in range(arguments.repeats + 1):
-            for name, code in commands.items():
-                elapsed = seconds([sys.executable, "-c", code])
+            for name, command in commands.items():
+                elapsed = seconds([sys.executable, "-c", *command])
                 if turn > 0:
                     times[name].append(elapsed)
 

@@ -243,7 +243,7 @@ def test_results_are_not_replaced(tmp_path, capsys):
     assert f"--output {tmp_path} exists already" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_startup(capsys):
     measure_startup.main(["--repeats", "1"])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
