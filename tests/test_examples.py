@@ -10,7 +10,7 @@ import torch
 from conftest import FIXTURES
 from PIL import Image
 
-from diffusers_invsr import TINY
+from diffusers_invsr import TINY, InvSRPipeline
 from diffusers_invsr.metrics import psnr_y, ssim_y
 from diffusers_invsr.tiling import TileBlender
 
@@ -19,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the scripts i
 pytest.importorskip("kornia")
 
 import findings_common as common  # noqa: E402
+import interpolate_predictors  # noqa: E402
 import make_training_images  # noqa: E402
 import measure_seams  # noqa: E402
 import paper_findings  # noqa: E402
+import perception_distortion  # noqa: E402
 import reproduce_paper  # noqa: E402
 import snr_threshold  # noqa: E402
 import train_tiny  # noqa: E402
@@ -373,3 +375,34 @@ def test_seams_of_impossible_settings_are_refused(photos, tmp_path, capsys, argu
     with pytest.raises(SystemExit):
         measure_seams.main(options(photos, tmp_path, "--degradation", "none", *arguments))
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_a_predictor_between_two(tmp_path, weight):
+    pipe = InvSRPipeline.from_pretrained(TINY)
+    with torch.no_grad():
+        for value in pipe.noise_predictor.parameters():
+            value.add_(0.5)
+    pipe.save_pretrained(tmp_path / "other")
+    arguments = [TINY, str(tmp_path / "other"), "--output", str(tmp_path / "between"), "--weight"]
+    interpolate_predictors.main([*arguments, str(weight)])
+    between = InvSRPipeline.from_pretrained(tmp_path / "between").noise_predictor.state_dict()
+    for name, value in InvSRPipeline.from_pretrained(TINY).noise_predictor.state_dict().items():
+        torch.testing.assert_close(between[name], value + 0.5 * weight)
+    with pytest.raises(SystemExit):
+        interpolate_predictors.main([*arguments, "0.5"])  # the folder exists
+
+
+def test_curve_of_perception_and_distortion(photos, tmp_path, capsys):
+    arguments = ["--hr", str(photos), "--output", str(tmp_path / "curve"), "--crop", "32", "--models", f"ours={TINY}"]
+    perception_distortion.main(arguments)
+    table = capsys.readouterr().out
+    assert (tmp_path / "curve" / "curve.md").read_text() in table
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in table.splitlines() if line[:1] == "|"}
+    scores = [json.loads(line) for line in (tmp_path / "curve" / "scores.jsonl").read_text().splitlines()[1:]]
+    ours = [item["scores"]["psnr_y"] for item in scores if item["key"][::2] == ["simple", "ours"]]
+    assert len(ours) == 2 and float(rows["ours"][1]) == pytest.approx(np.mean(ours), abs=0.006)  # the last table
+    assert {path.suffix for path in (tmp_path / "curve").iterdir()} == {".jsonl", ".md", ".json", ".png"}
+    with pytest.raises(SystemExit):
+        perception_distortion.main([*arguments, f"ours={TINY}"])
+    assert "--models has to give each a name of its own" in capsys.readouterr().err
