@@ -95,7 +95,9 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default=device, help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--baseline", choices=("base", "published"), default="base", help="the reference")
     parser.add_argument("--repeats", type=positive, default=5, help="turns that count (default: %(default)s)")
-    parser.add_argument("--warmup", type=positive, default=2, help="runs before them (default: %(default)s)")
+    parser.add_argument(
+        "--warmup", type=positive, default=2, help="runs before them, the last for memory (default: %(default)s)"
+    )
     work = parser.add_argument_group("what is done; all combinations are measured")
     work.add_argument("--sizes", type=parse_size, nargs="+", default=[(128, 128)], help="WIDTHxHEIGHT in LR pixels")
     work.add_argument("--steps", type=positive, nargs="+", default=[1], help="diffusion steps (default: 1)")
@@ -166,28 +168,36 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(repeats))
 
 
+def rehearse(run: Callable, device: torch.device) -> tuple[float, float | None, np.ndarray]:
+    """Seconds of a run, the most memory it takes beyond what was held before, in MB, and its result."""
+    return_free_memory()
+    with PeakMemory(device) as memory:
+        start = time.perf_counter()
+        output = run()  # a result on the CPU: the device has done its work
+        seconds = time.perf_counter() - start
+    return seconds, memory.growth, output
+
+
 def prepare(runner: Runner, run: Callable, warmup: int, device: torch.device) -> tuple[Measured, np.ndarray]:
-    """Count calls and operations, compile, warm up, and measure memory. Returns the result of the last run too."""
+    """Count calls and operations, compile, and warm up. The last run counts for memory and is the result."""
     pipe = runner.pipe
     with record_calls(pipe) as calls:  # before compiling, which would take the hooks in
         if pipe.takes_text:
             pipe.encode_prompt(do_classifier_free_guidance=False, device=device)  # into the cache: no call of the run
         for entry in calls.values():
             entry.items = entry.count = 0
-        run()
+        first_run, growth, output = rehearse(run, device)
     parts = {
         name: MeasuredPart(calls[name], count_flops(part, calls[name]))
         for name, part in parts_of(pipe).items()
         if name in calls
     }
-    runner.compile()
-    first_run = timed(run, device)
+    if runner.variant.settings.compile != "no":
+        runner.compile()
+        first_run, growth, output = rehearse(run, device)
     for _ in range(warmup - 1):
-        run()
-    return_free_memory()
-    with PeakMemory(device) as memory:
-        output = run()
-    return Measured(runner.variant, parts, first_run, memory.growth, runner.weight_bytes / 2**20), output
+        _, growth, output = rehearse(run, device)
+    return Measured(runner.variant, parts, first_run, growth, runner.weight_bytes / 2**20), output
 
 
 @torch.no_grad()
