@@ -5,6 +5,7 @@ import torch
 from test_pipeline import generator, photo, pipe  # noqa: F401
 
 from diffusers_invsr import auto_dtype
+from diffusers_invsr.fallbacks import enlarge_within_memory
 from diffusers_invsr.tile_batches import Tile, TilePool
 
 
@@ -46,6 +47,22 @@ def test_a_batch_is_halved_until_it_fits(pipe, warnings, images):  # noqa: F811
     failures = [count for count, _ in seen if count > images]
     assert failures == [8, 4, 2][: 3 if images == 1 else 2]  # and never again
     assert [f"{count} tiles at once" in text for count, text in zip(failures, warnings())] == [True] * len(failures)
+
+
+def test_tiles_that_waited_get_no_larger_batch_than_what_fitted():
+    sides = [4, 4, 4, 8, 8, 8, 4, 8]
+    tiles = [Tile(torch.zeros(1, 3, side, side), None, torch.zeros(2), i, print) for i, side in enumerate(sides)]
+    pool, seen = TilePool(tiles, 4), []
+
+    def enlarge(batch):
+        seen.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.cat([torch.full((1, 1), tile.image) for tile in batch])
+
+    results = [enlarge_within_memory(enlarge, batch, pool).flatten().tolist() for batch in pool]
+    assert results == [[0, 1, 2, 6], [3, 4, 5, 7]]
+    assert seen == [4, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("tile_size", [None, "auto", 32])
@@ -101,6 +118,7 @@ def test_damaged_weights_are_an_error_not_a_black_image(pipe, dtype):  # noqa: F
 def test_auto_dtype_is_one_that_the_device_computes_in():
     assert auto_dtype("mps") == torch.float32
     assert auto_dtype("cpu") in (torch.float32, torch.bfloat16)
+    assert auto_dtype("cuda") in ((torch.float32, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,))
 
 
 def test_pool_puts_tiles_of_one_shape_together():

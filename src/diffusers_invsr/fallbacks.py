@@ -34,7 +34,8 @@ def enlarge_within_memory(
     Raises:
         RuntimeError: If a single tile does not fit.
     """
-    results, first, size = [], 0, len(tiles)
+    # Tiles that had to wait may be more than fit by now
+    results, first, size = [], 0, min(len(tiles), pool.batch_size)
     while first < len(tiles):
         try:
             results.append(enlarge(tiles[first : first + size]))
@@ -47,7 +48,7 @@ def enlarge_within_memory(
         clear_device_cache(garbage_collection=True)
         logger.warning(f"{size} tiles at once do not fit into memory: going on with {size // 2}.")
         size = pool.batch_size = size // 2
-    return torch.cat(results)
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def smaller_tiles_within_memory(call: Callable) -> Callable:
