@@ -82,6 +82,16 @@ def test_an_image_that_fits_in_no_tile_is_an_error(pipe):  # noqa: F811
         pipe(photo(), tile_size=16)
 
 
+def test_memory_that_is_short_elsewhere_is_not_helped_by_smaller_tiles(pipe, warnings, monkeypatch):  # noqa: F811
+    def postprocess(*arguments):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr(pipe.pipeline.image_processor, "postprocess", postprocess)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        pipe(photo(), tile_size=16)
+    assert not warnings()
+
+
 def test_other_errors_pass(pipe):  # noqa: F811
     def hook(module, arguments):
         raise RuntimeError("shapes differ")

@@ -535,7 +535,7 @@ class InvSRPipeline(
             FloatingPointError:
                 If a result is not finite in float32 either; in a smaller number type, such tiles are computed again in
                 float32, with a warning.
-            RuntimeError: If the smallest tile does not fit into memory.
+            torch.OutOfMemoryError: If the smallest tile does not fit into memory.
 
         Examples:
 
@@ -626,12 +626,13 @@ class InvSRPipeline(
 
         # 8. Do so for one batch of tiles after another, and blend them
         upcast = ["vae"] if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast") else []
-        blended = TileResults(redo=lambda tile: self.redo_in_float32(enlarge, tile))
+        enlarge_batch = partial(enlarge_within_memory, enlarge, pool=pool)
+        blended = TileResults(redo=partial(self.redo_in_float32, enlarge_batch))
         with self.progress_bar(total=len(indices) * num_tiles) as progress_bar, self.in_float32(*upcast):
             for tiles in pool:
                 if self.interrupt:
                     break
-                blended.put(tiles, enlarge_within_memory(enlarge, tiles, pool))
+                blended.put(tiles, enlarge_batch(tiles))
             blended.finish()
 
         results = [blender.sum for _, _, blender in runs]
