@@ -5,7 +5,7 @@ import torch
 from test_pipeline import generator, photo, pipe  # noqa: F401
 
 from diffusers_invsr import auto_dtype
-from diffusers_invsr.fallbacks import enlarge_within_memory
+from diffusers_invsr.fallbacks import enlarge_within_memory, is_out_of_memory
 from diffusers_invsr.tile_batches import Tile, TilePool
 
 
@@ -80,6 +80,21 @@ def test_an_image_that_fits_in_no_tile_is_an_error(pipe):  # noqa: F811
     limit_memory(pipe.pipeline.unet, 1, 0)
     with pytest.raises(torch.OutOfMemoryError):
         pipe(photo(), tile_size=16)
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.", True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be reported later", True),
+        ("MPS backend out of memory (MPS allocated: 17.95 GB)", True),
+        ("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: 1 bytes.", True),
+        ("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: not enough memory: 1 bytes.", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_messages_of_devices_without_memory(message, expected):
+    assert is_out_of_memory(RuntimeError(message)) == expected
 
 
 def test_memory_that_is_short_elsewhere_is_not_helped_by_smaller_tiles(pipe, warnings, monkeypatch):  # noqa: F811

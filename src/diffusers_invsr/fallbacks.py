@@ -21,7 +21,9 @@ class TileMemoryError(torch.OutOfMemoryError):
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the CPU, had too little memory."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    # What accelerate leaves out: errors of CUDA's own allocations, and CPUs on Windows
+    signs = ("out of memory", "not enough memory")
+    return should_reduce_batch_size(error) or any(sign in str(error) for sign in signs)
 
 
 def enlarge_within_memory(
