@@ -5,6 +5,7 @@ import torch
 from test_pipeline import generator, photo, pipe  # noqa: F401
 
 from diffusers_invsr import auto_dtype
+from diffusers_invsr.fallbacks import enlarge_within_memory, is_out_of_memory
 from diffusers_invsr.tile_batches import Tile, TilePool
 
 
@@ -48,6 +49,22 @@ def test_a_batch_is_halved_until_it_fits(pipe, warnings, images):  # noqa: F811
     assert [f"{count} tiles at once" in text for count, text in zip(failures, warnings())] == [True] * len(failures)
 
 
+def test_tiles_that_waited_get_no_larger_batch_than_what_fitted():
+    sides = [4, 4, 4, 8, 8, 8, 4, 8]
+    tiles = [Tile(torch.zeros(1, 3, side, side), None, torch.zeros(2), i, print) for i, side in enumerate(sides)]
+    pool, seen = TilePool(tiles, 4), []
+
+    def enlarge(batch):
+        seen.append(len(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.cat([torch.full((1, 1), tile.image) for tile in batch])
+
+    results = [enlarge_within_memory(enlarge, batch, pool).flatten().tolist() for batch in pool]
+    assert results == [[0, 1, 2, 6], [3, 4, 5, 7]]
+    assert seen == [4, 2, 2, 2, 2]
+
+
 @pytest.mark.parametrize("tile_size", [None, "auto", 32])
 def test_a_tile_is_halved_until_it_fits(pipe, warnings, tile_size):  # noqa: F811
     expected = pipe(photo(40, 56), tile_size=16, num_steps=2)
@@ -63,6 +80,31 @@ def test_an_image_that_fits_in_no_tile_is_an_error(pipe):  # noqa: F811
     limit_memory(pipe.pipeline.unet, 1, 0)
     with pytest.raises(torch.OutOfMemoryError):
         pipe(photo(), tile_size=16)
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.", True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be reported later", True),
+        ("MPS backend out of memory (MPS allocated: 17.95 GB)", True),
+        ("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: 1 bytes.", True),
+        ("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: not enough memory: 1 bytes.", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_messages_of_devices_without_memory(message, expected):
+    assert is_out_of_memory(RuntimeError(message)) == expected
+
+
+def test_memory_that_is_short_elsewhere_is_not_helped_by_smaller_tiles(pipe, warnings, monkeypatch):  # noqa: F811
+    def postprocess(*arguments):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr(pipe.pipeline.image_processor, "postprocess", postprocess)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        pipe(photo(), tile_size=16)
+    assert not warnings()
 
 
 def test_other_errors_pass(pipe):  # noqa: F811
@@ -101,6 +143,7 @@ def test_damaged_weights_are_an_error_not_a_black_image(pipe, dtype):  # noqa: F
 def test_auto_dtype_is_one_that_the_device_computes_in():
     assert auto_dtype("mps") == torch.float32
     assert auto_dtype("cpu") in (torch.float32, torch.bfloat16)
+    assert auto_dtype("cuda") in ((torch.float32, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,))
 
 
 def test_pool_puts_tiles_of_one_shape_together():

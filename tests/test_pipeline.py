@@ -325,16 +325,16 @@ def test_integers_and_lists_of_numpy_and_torch(pipe):
         assert torch.equal(pipe(photo(), timesteps=timesteps, tile_size=np.int64(16)), expected)
 
 
-def test_guidance_changed_by_a_callback_holds_for_the_tile_alone(pipe):
+def test_guidance_changed_by_a_callback_holds_for_the_batch_alone(pipe):
     callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
-    arguments = {"num_steps": 2, "guidance_scale": 2.5, "tile_overlap": 0, "callback_on_step_end": callback}
-    tiled = pipe(torch.cat([photo()] * 2, dim=-1), tile_size=32, generator=None, **arguments)
-    assert tiled.shape == (1, 3, 128, 256)
-    calls = []
-    hook = pipe.pipeline.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-    pipe(torch.cat([photo()] * 2, dim=-1), tile_size=32, **arguments)
-    hook.remove()
-    assert calls == [2, 1, 2, 1]  # with guidance in the first step of each tile
+    arguments = {"num_steps": 2, "guidance_scale": 2.5, "tile_size": 32, "tile_overlap": 0}
+    arguments["callback_on_step_end"] = callback
+    calls, results = [], []
+    pipe.pipeline.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    for tile_batch_size in (1, 2):
+        results.append(pipe(torch.cat([photo()] * 2, dim=-1), **arguments, tile_batch_size=tile_batch_size))
+    assert calls == [2, 1, 2, 1] + [4, 2]  # with guidance in the first step of each batch
+    torch.testing.assert_close(*results, atol=1e-4, rtol=0)
 
 
 def test_scheduler_of_another_kind_is_refused(pipe):

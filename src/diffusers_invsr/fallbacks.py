@@ -15,9 +15,15 @@ from .tile_batches import Tile, TilePool
 logger = logging.get_logger(__name__)
 
 
+class TileMemoryError(torch.OutOfMemoryError):
+    """A single tile does not fit into memory; smaller ones may."""
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the CPU, had too little memory."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+    # What accelerate leaves out: errors of CUDA's own allocations, and CPUs on Windows
+    signs = ("out of memory", "not enough memory")
+    return should_reduce_batch_size(error) or any(sign in str(error) for sign in signs)
 
 
 def enlarge_within_memory(
@@ -32,22 +38,25 @@ def enlarge_within_memory(
         pool ([`TilePool`]): Where it comes from; its following batches get no larger than what fitted.
 
     Raises:
-        RuntimeError: If a single tile does not fit.
+        TileMemoryError: If a single tile does not fit.
     """
-    results, first, size = [], 0, len(tiles)
+    # Tiles that had to wait may be more than fit by now
+    results, first, size = [], 0, min(len(tiles), pool.batch_size)
     while first < len(tiles):
         try:
             results.append(enlarge(tiles[first : first + size]))
             first += size
             continue
         except RuntimeError as error:
-            if size == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if size == 1:
+                raise TileMemoryError(str(error)) from error
         # Outside of `except`, where the error would keep the tensors of the failed attempt alive
         clear_device_cache(garbage_collection=True)
         logger.warning(f"{size} tiles at once do not fit into memory: going on with {size // 2}.")
         size = pool.batch_size = size // 2
-    return torch.cat(results)
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def smaller_tiles_within_memory(call: Callable) -> Callable:
@@ -65,12 +74,12 @@ def smaller_tiles_within_memory(call: Callable) -> Callable:
         while True:
             try:
                 return call(*bound.args, **bound.kwargs)
-            except RuntimeError as error:
+            except TileMemoryError:  # not for want of memory elsewhere, such as for the output
                 multiple = self.size_multiple
                 whole = arguments["tile_size"] in (None, "auto")
                 size = 2 * self.config.tile_size if arguments["tile_size"] is None else self.config.tile_size
                 size = (size if whole else arguments["tile_size"]) // 2 // multiple * multiple
-                if size == 0 or not is_out_of_memory(error):
+                if size == 0:
                     raise
             clear_device_cache(garbage_collection=True)
             logger.warning(f"A tile does not fit into memory: beginning again with `tile_size={size}`.")

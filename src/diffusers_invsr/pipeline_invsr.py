@@ -27,7 +27,7 @@ from .fallbacks import Float32Mixin, enlarge_within_memory, smaller_tiles_within
 from .hub import HubMixin
 from .image_processor import InputImage, InvSRImageProcessor
 from .prompt_embeds import NEGATIVE_PROMPT, PROMPT, FixedPromptMixin
-from .tile_batches import Tile, TilePool, TileResults, collate, select
+from .tile_batches import Tile, TilePool, TileResults, collate, select, to_device
 from .tiling import TILE_WINDOWS, TileBlender, TileGrid
 
 
@@ -337,7 +337,7 @@ class InvSRPipeline(
         """
         indices = self.scheduler.timesteps
         # A tensor, so that a compiled UNet is not compiled anew for each step
-        device_indices = indices.to(latents.device)
+        device_indices = to_device(indices, latents.device)
         for i, index in enumerate(indices.tolist()):
             if self.interrupt:
                 continue
@@ -361,6 +361,8 @@ class InvSRPipeline(
                 latents = callback_outputs.pop("latents", latents)
                 prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                 negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+                if prompt_embeds is not None:  # SDCFGCutoffCallback gives one for all tiles
+                    prompt_embeds = prompt_embeds.expand(len(latents), -1, -1)
             if progress_bar is not None:
                 progress_bar.update(len(latents))
         return latents
@@ -533,7 +535,7 @@ class InvSRPipeline(
             FloatingPointError:
                 If a result is not finite in float32 either; in a smaller number type, such tiles are computed again in
                 float32, with a warning.
-            RuntimeError: If the smallest tile does not fit into memory.
+            torch.OutOfMemoryError: If the smallest tile does not fit into memory.
 
         Examples:
 
@@ -613,7 +615,7 @@ class InvSRPipeline(
             embeds = [select(each, tiles) for each in (all_prompt_embeds, all_negative_prompt_embeds)]
 
             # 5. Start from the enlarged images' latents plus the predicted noise
-            latents = self.prepare_latents(lr, enlarged, indices[:1].to(device), noise)
+            latents = self.prepare_latents(lr, enlarged, to_device(indices[:1], device), noise)
 
             # 6. Denoise
             callback = (callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -624,12 +626,13 @@ class InvSRPipeline(
 
         # 8. Do so for one batch of tiles after another, and blend them
         upcast = ["vae"] if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast") else []
-        blended = TileResults(redo=lambda tile: self.redo_in_float32(enlarge, tile))
+        enlarge_batch = partial(enlarge_within_memory, enlarge, pool=pool)
+        blended = TileResults(redo=partial(self.redo_in_float32, enlarge_batch))
         with self.progress_bar(total=len(indices) * num_tiles) as progress_bar, self.in_float32(*upcast):
             for tiles in pool:
                 if self.interrupt:
                     break
-                blended.put(tiles, enlarge_within_memory(enlarge, tiles, pool))
+                blended.put(tiles, enlarge_batch(tiles))
             blended.finish()
 
         results = [blender.sum for _, _, blender in runs]

@@ -78,7 +78,10 @@ def select(embeds: torch.Tensor | None, tiles: list[Tile]) -> torch.Tensor | Non
     """Embeddings `(tiles, tokens, width)` of tiles' images, from those of all images or of each."""
     if embeds is None:
         return None
-    return embeds.expand(len(tiles), -1, -1) if len(embeds) == 1 else embeds[[tile.image for tile in tiles]]
+    if len(embeds) == 1:
+        return embeds.expand(len(tiles), -1, -1)
+    # Not by a list of indices: copying it to the device would wait for the batch before
+    return torch.cat([embeds[tile.image : tile.image + 1] for tile in tiles])
 
 
 class TileResults:
