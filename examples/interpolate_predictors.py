@@ -4,7 +4,7 @@
 
 Of one that was trained for fidelity and one that went on from it with perceptual and adversarial losses, this chooses
 a balance without training again (network interpolation, https://arxiv.org/abs/1809.00219). `--output` gets the first
-pipeline with the new predictor.
+pipeline with the new predictor; what its card says of training is the first one's.
 """
 
 import argparse
@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None):
         parser.error(f"--weight has to be from 0 to 1, but is {arguments.weight}")
     if arguments.output.exists():
         parser.error(f"--output {arguments.output} exists already: name a new folder")
+    for folder in (arguments.first, arguments.second):
+        if not (folder / "model_index.json").is_file():
+            parser.error(f"{folder} has to be the folder of a saved pipeline, but has no model_index.json")
     pipe, other = (InvSRPipeline.from_pretrained(folder) for folder in (arguments.first, arguments.second))
     try:
         predictor = interpolate(pipe.noise_predictor, other.noise_predictor, arguments.weight)

@@ -82,9 +82,8 @@ def main(argv: list[str] | None = None):
     arguments = parse_args(argv)
     photographs = read_photographs(arguments.hr, arguments.patterns, arguments.crop)
     pipes = {name: load_pipeline(folder, "cpu") for name, folder in arguments.models}
-    settings = {"start": arguments.start} | {
-        name: settings_of(pipe, photographs, arguments.seed) for name, pipe in pipes.items()
-    }
+    models = {name: settings_of(pipe, photographs, arguments.seed) for name, pipe in pipes.items()}
+    settings = {"start": arguments.start, "models": models}
     scores = Scores(arguments.output / "scores.jsonl", settings)
     names = [BICUBIC, *pipes]
     for photo in photographs:

@@ -510,7 +510,8 @@ class InvSRPipeline(
                 were chosen on the embedded model, which has no attention; for others, the published may be better.
             tile_batch_size (`int`, defaults to 1):
                 Tiles, of all images, that go through the networks at once. Where they do not fit into memory, fewer
-                do, and where a single one does not, it begins again with tiles of half the size; both with a warning.
+                do, and where a single one does not, it begins again with tiles of half the size; both with a warning,
+                and callbacks are called again for what is done again.
             color_fix (`str`, *optional*): `"wavelet"`, `"ycbcr"` or `"adain"`: take the colours from the LR image.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of randomness, or one for each image. The same seed gives the same image on the same device.
@@ -534,7 +535,8 @@ class InvSRPipeline(
             TypeError: If `image` is of an unknown type.
             FloatingPointError:
                 If a result is not finite in float32 either; in a smaller number type, such tiles are computed again in
-                float32, with a warning.
+                float32, with a warning. (A float16 VAE whose configuration says `force_upcast`, the default of
+                `AutoencoderKL`, runs in float32 from the start.)
             torch.OutOfMemoryError: If the smallest tile does not fit into memory.
 
         Examples:
