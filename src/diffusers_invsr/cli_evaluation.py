@@ -121,7 +121,10 @@ def evaluate(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where OUT holds an evaluation.")] = False,
     device: Annotated[str, typer.Option(help="As for upscale.")] = "auto",
-    dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], typer.Option(help="As for upscale.")] = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        typer.Option(help="auto: as for upscale on a GPU, float32 on a CPU."),
+    ] = "auto",
 ):
     """Measure a model, or given results, on a test set, at one or several schedules.
 
@@ -161,6 +164,8 @@ def evaluate(
 
     # 2. The model
     place, number_type = choose_device(device, dtype)
+    if dtype == "auto" and place.type == "cpu":  # figures should not hang on what a CPU computes in
+        _, number_type = choose_device(str(place), "float32")
     pipe = None
     if model is not None:
         pipe = load_pipeline(model, place, number_type)
