@@ -16,6 +16,7 @@ from benchmark_variants import Calls, Variant
 from matplotlib.figure import Figure
 
 import diffusers_invsr
+from diffusers_invsr.tables import markdown_table
 
 
 @dataclass
@@ -129,10 +130,6 @@ def to_json(results: dict[str, list[Measured]], peaks: dict[str, float], environ
     return {"environment": environment, "matmul_peak_flops": peaks, "workloads": workloads}
 
 
-def _table(headings: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [headings, ["---"] * len(headings), *rows])
-
-
 def _milliseconds(times: list[float]) -> list[str]:
     return [f"{1000 * statistics.median(times):.4g}", f"{1000 * min(times):.4g}–{1000 * max(times):.4g}"]
 
@@ -179,8 +176,8 @@ def to_markdown(results: dict[str, list[Measured]], peaks: dict[str, float], env
         rates = ["TFLOP/s", "of peak"]
         headings = ["variant", "tiles", *times, f"speed-up over {reference.variant.name}", *rates]
         headings += ["peak memory beyond weights, MB", "weights, MB", "PSNR, dB"]
-        text += [f"## {workload}", _table(headings, rows)]
-        text += [_table(["variant", "component", "calls", "batch", *times, "GFLOP", *rates], part_rows)]
+        text += [f"## {workload}", markdown_table(headings, rows)]
+        text += [markdown_table(["variant", "component", "calls", "batch", *times, "GFLOP", *rates], part_rows)]
     return "\n\n".join(text) + "\n"
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from PIL import Image
 from torch import nn
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_invsr import InvSRPipeline
+from diffusers_invsr.tiling import enlarge
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def enlarge_as_published(
         for corner in grid:
             prompt_embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, device=pipe.device)
             lr = grid.cut(*corner)[0].to(pipe.device)
-            enlarged = F.interpolate(lr, scale_factor=pipe.config.scale, mode="bicubic", align_corners=False)
+            enlarged = enlarge(lr, pipe.config.scale)
             noise = pipe.prepare_noise(1, *lr.shape[-2:], 2, generator, pipe.device)
             latents = pipe.prepare_latents(lr, enlarged, torch.tensor([start], device=pipe.device), noise)
             for timestep in timesteps:

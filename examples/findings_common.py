@@ -224,11 +224,6 @@ class Difference:
         return f"{self.mean:+.{digits}f} ± {self.error:.{digits}f} ({words[self.sign]})"
 
 
-def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def positive(text: str) -> int:
     """An `argparse` type."""
     if int(text) < 1:

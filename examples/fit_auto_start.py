@@ -26,7 +26,6 @@ from findings_common import (
     add_common_arguments,
     load_pipeline,
     make_lr,
-    markdown_table,
     measure,
     positive,
     read_photographs,
@@ -40,6 +39,7 @@ from diffusers_invsr import TINY, InvSRPipeline
 from diffusers_invsr.files import write_atomically
 from diffusers_invsr.metrics import luma
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
+from diffusers_invsr.tables import markdown_table
 
 
 DEGRADATIONS = ("test", "simple", "training")

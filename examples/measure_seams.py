@@ -44,7 +44,6 @@ from findings_common import (
     crop_to_multiple,
     load_pipeline,
     make_lr,
-    markdown_table,
     positive,
     read_photographs,
     settings_of,
@@ -54,6 +53,8 @@ from scipy.ndimage import maximum_filter1d
 
 from diffusers_invsr import TINY, InvSRPipeline
 from diffusers_invsr.files import write_atomically
+from diffusers_invsr.metrics import psnr
+from diffusers_invsr.tables import markdown_table
 from diffusers_invsr.tiling import TILE_WINDOWS, TileAxis, TileGrid
 
 
@@ -154,10 +155,6 @@ def seam_measures(tiled: np.ndarray, untiled: np.ndarray, grid: TileGrid) -> dic
         "worst line": worst[0],
         "worst at": worst[1:],
     }
-
-
-def psnr(result: np.ndarray, target: np.ndarray) -> float:
-    return float(10 * np.log10(255**2 / np.mean((result - target) ** 2)))
 
 
 def crops(images: list[np.ndarray], untiled: np.ndarray, middle: tuple[int, int]) -> np.ndarray:

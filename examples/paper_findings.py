@@ -26,7 +26,6 @@ from findings_common import (
     crop_to_multiple,
     load_pipeline,
     make_lr,
-    markdown_table,
     measure,
     read_photographs,
     reconstruct,
@@ -38,6 +37,7 @@ from PIL import Image
 from diffusers_invsr import TINY, InvSRPipeline
 from diffusers_invsr.files import write_atomically
 from diffusers_invsr.scheduling_invsr import PUBLISHED_SCHEDULES, START_TIMESTEPS
+from diffusers_invsr.tables import markdown_table
 
 
 DEGRADATIONS = ("test", "simple")

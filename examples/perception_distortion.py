@@ -23,7 +23,6 @@ from findings_common import (
     crop_to_multiple,
     load_pipeline,
     make_lr,
-    markdown_table,
     measure,
     read_photographs,
     settings_of,
@@ -32,6 +31,7 @@ from paper_findings import DEGRADATIONS
 from PIL import Image
 
 from diffusers_invsr.files import write_atomically
+from diffusers_invsr.tables import markdown_table
 
 
 BICUBIC = "bicubic"
@@ -46,13 +46,10 @@ def parse_model(text: str) -> tuple[str, str]:
 
 
 def save_plot(means: dict[tuple[str, str], dict[str, float]], names: list[str], file: Path):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(DEGRADATIONS), figsize=(5 * len(DEGRADATIONS), 4), layout="constrained")
-    for axis, degradation in zip(axes, DEGRADATIONS):
+    figure = Figure(figsize=(5 * len(DEGRADATIONS), 4), layout="constrained")
+    for axis, degradation in zip(figure.subplots(1, len(DEGRADATIONS)), DEGRADATIONS):
         points = [(means[degradation, name]["gradient_ratio"], means[degradation, name]["psnr_y"]) for name in names]
         for name, point in zip(names, points):
             axis.scatter(*point, color="tab:gray" if name == BICUBIC else "tab:blue")
@@ -60,7 +57,6 @@ def save_plot(means: dict[tuple[str, str], dict[str, float]], names: list[str], 
         axis.set(title=degradation, xlabel="gradient ratio (perception)", ylabel="PSNR of luma, dB (fidelity)")
         axis.margins(x=0.2, y=0.1)
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

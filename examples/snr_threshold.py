@@ -29,7 +29,6 @@ from findings_common import (
     crop_to_multiple,
     load_pipeline,
     make_lr,
-    markdown_table,
     measure,
     read_photographs,
     settings_of,
@@ -40,6 +39,7 @@ from torch.nn.functional import interpolate
 
 from diffusers_invsr import InvSRPipeline
 from diffusers_invsr.files import write_atomically
+from diffusers_invsr.tables import markdown_table
 from diffusers_invsr.training import one_step_estimate
 from diffusers_invsr.training.validation import to_image, to_tensor
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..files import write_atomically
+from ..tables import markdown_table
 from .metrics import METRICS
 
 
@@ -133,7 +134,7 @@ class Evaluation:
                 reason = self.unavailable.get(name) or run.reason(name)
                 cells.append(notes.cell(run.mean(name), METRICS[name].digits, reason))
             rows.append([run.name, str(len(run.images)), *cells])
-        return _table(["mean", "images", *(METRICS[name].heading for name in self.metrics)], rows)
+        return markdown_table(["mean", "images", *(METRICS[name].heading for name in self.metrics)], rows)
 
     def _images(self, run: Run, notes: "Footnotes") -> str:
         names = [name for name in self.metrics if not METRICS[name].of_set]
@@ -142,7 +143,7 @@ class Evaluation:
             reasons = [self.unavailable.get(name) or run.reasons.get((image, name)) for name in names]
             cells = (notes.cell(values.get(name), METRICS[name].digits, text) for name, text in zip(names, reasons))
             rows.append([image, *cells])
-        return _table([run.name, *(METRICS[name].heading for name in names)], rows)
+        return markdown_table([run.name, *(METRICS[name].heading for name in names)], rows)
 
     def save(self, out: Path):
         """Write `results.json`, `results.csv` and `results.md`."""
@@ -173,9 +174,3 @@ class Footnotes:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _table(heading: list[str], rows: list[list[str]]) -> str:
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in [heading, *rows]]
-    rows.insert(1, ["---"] * len(heading))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
