@@ -1,8 +1,12 @@
-"""What counts as a number in an argument."""
+"""What counts as a number in an argument, and as a lack of memory in an error."""
 
 import math
 import numbers
 from typing import Any
+
+
+# What PyTorch's messages of too little memory have in common, on all devices
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def is_integer(value: Any) -> bool:

@@ -163,9 +163,11 @@ def evaluate(
     names = list(METRICS) if "all" in names else names or None
 
     # 2. The model
+    import torch
+
     place, number_type = choose_device(device, dtype)
     if dtype == "auto" and place.type == "cpu":  # figures should not hang on what a CPU computes in
-        _, number_type = choose_device(str(place), "float32")
+        number_type = torch.float32
     pipe = None
     if model is not None:
         pipe = load_pipeline(model, place, number_type)

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from .checks import OUT_OF_MEMORY
+
 
 if TYPE_CHECKING:
     import torch
 
     from .pipeline_invsr import InvSRPipeline
-
-
-# What PyTorch's messages have in common, on all devices.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def describe(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers.utils import logging
 
+from .checks import OUT_OF_MEMORY
 from .tile_batches import Tile, TilePool
 
 
@@ -21,9 +22,8 @@ class TileMemoryError(torch.OutOfMemoryError):
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the CPU, had too little memory."""
-    # What accelerate leaves out: errors of CUDA's own allocations, and CPUs on Windows
-    signs = ("out of memory", "not enough memory")
-    return should_reduce_batch_size(error) or any(sign in str(error) for sign in signs)
+    # accelerate leaves out errors of CUDA's own allocations and of CPUs on Windows, and knows others besides
+    return should_reduce_batch_size(error) or any(sign in str(error) for sign in OUT_OF_MEMORY)
 
 
 def enlarge_within_memory(
@@ -75,10 +75,10 @@ def smaller_tiles_within_memory(call: Callable) -> Callable:
             try:
                 return call(*bound.args, **bound.kwargs)
             except TileMemoryError:  # not for want of memory elsewhere, such as for the output
-                multiple = self.size_multiple
-                whole = arguments["tile_size"] in (None, "auto")
-                size = 2 * self.config.tile_size if arguments["tile_size"] is None else self.config.tile_size
-                size = (size if whole else arguments["tile_size"]) // 2 // multiple * multiple
+                # The whole image, then tiles of the default size, then halves
+                sizes = {None: 2 * self.config.tile_size, "auto": self.config.tile_size}
+                size = sizes.get(arguments["tile_size"], arguments["tile_size"]) // 2
+                size -= size % self.size_multiple
                 if size == 0:
                     raise
             clear_device_cache(garbage_collection=True)

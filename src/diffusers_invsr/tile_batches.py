@@ -64,12 +64,12 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def collate(tiles: list[Tile], scale: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """LR images, enlarged images and noise of tiles of one shape, as batches on the device."""
     lr = to_device(torch.cat([tile.lr for tile in tiles]), device)
-    if device.type == "cpu":  # where convolutions are faster so; what they return is laid out alike
-        lr = lr.contiguous(memory_format=torch.channels_last)
     if tiles[0].enlarged is None:
         enlarged = enlarge(lr, scale)
     else:
         enlarged = to_device(torch.cat([tile.enlarged for tile in tiles]), device)
+    if device.type == "cpu":  # where convolutions are faster so; what they return is laid out alike
+        lr, enlarged = (image.contiguous(memory_format=torch.channels_last) for image in (lr, enlarged))
     noise = to_device(torch.cat([tile.noise for tile in tiles], dim=1), device)
     return lr, enlarged, noise
 
