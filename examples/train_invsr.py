@@ -156,11 +156,14 @@ class RunSettings:
     hub_model_id: str | None = setting("Hub repository, `owner/name`. None: the output folder's name.")
 
 
-def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSettings, DegradationSettings]:
-    """Settings of the command line over those of a YAML file over the defaults."""
-    classes = (ModelSettings, DataSettings, RunSettings, DegradationSettings)
-    usage = "%(prog)s [SETTINGS.yaml] [--setting value ...]"
-    parser = HfArgumentParser(classes, usage=usage, description=__doc__.strip().splitlines()[0])
+CLASSES = (ModelSettings, DataSettings, RunSettings, DegradationSettings)
+
+
+def parse_settings(parser: HfArgumentParser, argv: list[str], ignored: tuple[type, ...] = ()) -> tuple:
+    """
+    Settings of the command line over those of a YAML file, which may come first, over the defaults, by the parser's
+    data classes. The file may also have settings of the classes `ignored`.
+    """
     if argv and not argv[0].startswith("-"):
         if not Path(argv[0]).is_file():
             parser.error(f"{argv[0]} is not a file with settings.")
@@ -170,21 +173,31 @@ def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSetting
             parser.error(f"{argv[0]} cannot be read as a YAML file of settings: {error}.")
         if not isinstance(values, dict):
             parser.error(f"{argv[0]} has to hold settings, `name: value`, but does not.")
-        types = {f.name: f.type for cls in classes for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(types))
+        types = {f.name: f.type for cls in parser.dataclass_types for f in dataclasses.fields(cls)}
+        unknown = set(values) - set(types)
+        values = {name: value for name, value in values.items() if name in types}
+        unknown -= {f.name for cls in ignored for f in dataclasses.fields(cls)}
         if unknown:
-            parser.error(f"{argv[0]} has settings that do not exist: {', '.join(unknown)}.")
+            parser.error(f"{argv[0]} has settings that do not exist: {', '.join(sorted(unknown))}.")
         # A list of one may be written without its brackets
         lists = [name for name in values if str(types[name]).startswith("list") and not isinstance(values[name], list)]
         values |= {name: [values[name]] for name in lists}
         # YAML takes 5e-5 for a text; argparse turns texts into what the setting is
         parser.set_defaults(**values)
         argv = argv[1:]
-    model, data, run, degradation, unknown = parser.parse_args_into_dataclasses(
+    *settings, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         parser.error(f"there is no such setting: {' '.join(unknown)}.")
+    return tuple(settings)
+
+
+def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSettings, DegradationSettings]:
+    """The settings, checked."""
+    usage = "%(prog)s [SETTINGS.yaml] [--setting value ...]"
+    parser = HfArgumentParser(CLASSES, usage=usage, description=__doc__.strip().splitlines()[0])
+    model, data, run, degradation = parse_settings(parser, argv)
     for name in ("noise_predictor_config", "discriminator_config"):
         if isinstance(getattr(model, name), str):
             try:

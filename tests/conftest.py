@@ -52,3 +52,16 @@ def reference_pipe(cases) -> InvSRPipeline:
     pipe = InvSRPipeline(text_encoder=None, tokenizer=None, scheduler=scheduler, **components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def pipe(reference_pipe, prompt_embeds):
+    """The reference pipeline, called with its prompt embeddings, untiled tensors out, unless asked otherwise."""
+
+    def call(image, **arguments):
+        generator = torch.Generator().manual_seed(0)
+        defaults = {"tile_size": None, "output_type": "pt", "generator": generator, **prompt_embeds}
+        return reference_pipe(image, **{**defaults, **arguments}).images
+
+    call.pipeline = reference_pipe
+    return call

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_pipeline import generator, photo, pipe  # noqa: F401
+from test_pipeline import generator, photo
 
 from diffusers_invsr import auto_dtype
 from diffusers_invsr.fallbacks import enlarge_within_memory, is_out_of_memory
@@ -39,7 +39,7 @@ def limit_memory(module: torch.nn.Module, images: int, latents: int) -> list[tup
 
 
 @pytest.mark.parametrize("images", [1, 2, 3])
-def test_a_batch_is_halved_until_it_fits(pipe, warnings, images):  # noqa: F811
+def test_a_batch_is_halved_until_it_fits(pipe, warnings, images):
     expected = pipe(photo(40, 56), **TILES)
     seen = limit_memory(pipe.pipeline.unet, images, 8)
     result = pipe(photo(40, 56), **TILES, tile_batch_size=8)
@@ -66,7 +66,7 @@ def test_tiles_that_waited_get_no_larger_batch_than_what_fitted():
 
 
 @pytest.mark.parametrize("tile_size", [None, "auto", 32])
-def test_a_tile_is_halved_until_it_fits(pipe, warnings, tile_size):  # noqa: F811
+def test_a_tile_is_halved_until_it_fits(pipe, warnings, tile_size):
     expected = pipe(photo(40, 56), tile_size=16, num_steps=2)
     pipe.pipeline.register_to_config(tile_size=32)
     seen = limit_memory(pipe.pipeline.unet, 1, 8)
@@ -76,7 +76,7 @@ def test_a_tile_is_halved_until_it_fits(pipe, warnings, tile_size):  # noqa: F81
     assert warnings()[-1].endswith("beginning again with `tile_size=16`.") and seen[-1] == (1, 8)
 
 
-def test_an_image_that_fits_in_no_tile_is_an_error(pipe):  # noqa: F811
+def test_an_image_that_fits_in_no_tile_is_an_error(pipe):
     limit_memory(pipe.pipeline.unet, 1, 0)
     with pytest.raises(torch.OutOfMemoryError):
         pipe(photo(), tile_size=16)
@@ -97,7 +97,7 @@ def test_messages_of_devices_without_memory(message, expected):
     assert is_out_of_memory(RuntimeError(message)) == expected
 
 
-def test_memory_that_is_short_elsewhere_is_not_helped_by_smaller_tiles(pipe, warnings, monkeypatch):  # noqa: F811
+def test_memory_that_is_short_elsewhere_is_not_helped_by_smaller_tiles(pipe, warnings, monkeypatch):
     def postprocess(*arguments):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
@@ -107,7 +107,7 @@ def test_memory_that_is_short_elsewhere_is_not_helped_by_smaller_tiles(pipe, war
     assert not warnings()
 
 
-def test_other_errors_pass(pipe):  # noqa: F811
+def test_other_errors_pass(pipe):
     def hook(module, arguments):
         raise RuntimeError("shapes differ")
 
@@ -117,7 +117,7 @@ def test_other_errors_pass(pipe):  # noqa: F811
 
 
 @pytest.mark.parametrize("force_upcast", [False, True])
-def test_a_vae_that_overflows_in_float16(pipe, warnings, force_upcast):  # noqa: F811
+def test_a_vae_that_overflows_in_float16(pipe, warnings, force_upcast):
     vae = pipe.pipeline.vae
     vae.register_to_config(force_upcast=force_upcast)
     vae.decoder.conv_in.weight.mul_(3e4)  # the norm after it takes the factor out again
@@ -133,7 +133,7 @@ def test_a_vae_that_overflows_in_float16(pipe, warnings, force_upcast):  # noqa:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_damaged_weights_are_an_error_not_a_black_image(pipe, dtype):  # noqa: F811
+def test_damaged_weights_are_an_error_not_a_black_image(pipe, dtype):
     pipe.pipeline.vae.decoder.conv_out.bias.fill_(torch.nan)
     pipe.pipeline.to(dtype=dtype)
     with pytest.raises(FloatingPointError, match="not finite, even in float32"):

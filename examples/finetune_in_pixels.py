@@ -1,0 +1,216 @@
+#!/usr/bin/env python
+"""
+Fine-tune the noise predictor and the VAE's decoder together, on the squared error of the decoded pixels.
+
+    python examples/finetune_in_pixels.py examples/configs/tiny_degradation.yaml --model my-run/pipeline \
+        --train_data photos/ --output_dir finetuned
+
+Beyond the paper, whose losses are all in latent space and whose VAE stays as it is: a decoder that was trained on
+latents of sharp images alone meets others here, one-step estimates from damaged ones. A quarter of what it learns
+from are still latents of HR images, so that it stays an inverse of the encoder, which is frozen as the diffusion
+model is. For small models: the whole decoder is differentiated at the full resolution.
+
+The YAML file may be one of `train_invsr.py`: what is no setting of this script is ignored. On CPUs
+`ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 examples/finetune_in_pixels.py ...` starts a process a core. The same
+command with `--resume` goes on from the last checkpoint. Needs `pip install ".[training]"`.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from torch import nn
+from tqdm.auto import tqdm
+from train_invsr import CLASSES, batch_generator, parse_settings, setting
+from transformers import HfArgumentParser
+
+from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
+from diffusers_invsr.training import (
+    Checkpoints,
+    Degradation,
+    DegradationSettings,
+    RunLog,
+    ValidationSet,
+    draw_latents,
+    encode_posterior,
+    list_files,
+    make_dataset,
+    make_loader,
+    one_step_estimate,
+)
+
+
+CLEAN_SHARE = 4  # one in so many images is also decoded from its own latents
+
+
+@dataclass
+class Settings:
+    model: str = setting("Folder or Hub id of the pipeline to go on from; `tiny` is the model in the package.", "tiny")
+    train_data: list[str] = setting("HR images: folders, `folder[:N]`, lists, `webdataset:...`, `datasets:...`.", [])
+    validation_data: str | None = setting("HR images for validation: a folder, `folder[:N]` or a list. None: none.")
+    output_dir: str = setting("Folder of everything that the run writes.", "finetuned")
+    resume: bool = setting("Go on from the last checkpoint.", False)
+    seed: int = setting("Seed of every random choice.", 0)
+    crop_size: int = setting("Side of the HR crops in pixels.", 128)
+    batch_size: int = setting("Images a process takes at once.", 16)
+    num_workers: int = setting("Processes that read images, for each process that trains.", 1)
+    max_iterations: int = setting("Iterations (updates of the weights).", 1_000)
+    warmup_iterations: int = setting("Iterations in which the learning rate rises; then it falls by a cosine.", 50)
+    learning_rate: float = setting("Peak learning rate of both networks.", 2e-4)
+    max_grad_norm: float = setting("Bound of the gradients' norm.", 1.0)
+    mixed_precision: str | None = setting("`no`, `bf16` or `fp16`. None: what `accelerate config` says.")
+    ema_decay: float = setting("Bound of the moving average's decay, min(bound, (1 + i) / (10 + i)).", 0.999)
+    log_every: int = setting("Iterations between lines of the log.", 20)
+    validate_every: int = setting("Iterations between validations.", 250)
+    checkpoint_every: int = setting("Iterations between checkpoints.", 100)
+
+
+def parse_args(argv: list[str]) -> tuple[Settings, DegradationSettings]:
+    """The settings, checked."""
+    usage = "%(prog)s [SETTINGS.yaml] [--setting value ...]"
+    description = __doc__.strip().splitlines()[0]
+    parser = HfArgumentParser((Settings, DegradationSettings), usage=usage, description=description)
+    settings, degradation = parse_settings(parser, argv, ignored=CLASSES)
+    if not settings.train_data:
+        parser.error("--train_data has to name at least one source of images.")
+    for name in ("max_iterations", "batch_size", "log_every", "validate_every", "checkpoint_every"):
+        if getattr(settings, name) < 1:
+            parser.error(f"--{name} has to be at least 1, but is {getattr(settings, name)}.")
+    return settings, degradation
+
+
+class DecodedEstimate(nn.Module):
+    """From LR images to pixels through one step of the frozen diffusion model, and from latents to pixels."""
+
+    def __init__(self, pipe: InvSRPipeline):
+        super().__init__()
+        self.noise_predictor, self.vae = pipe.noise_predictor, pipe.vae
+        self.frozen = (pipe.unet, pipe.scheduler)  # in a tuple, so that they are no parts of this module
+
+    def forward(self, lr, lr_latents, timesteps, noise, prompt_embeds, hr_latents) -> tuple[torch.Tensor, ...]:
+        """The decoded one-step estimates `(B, 3, H, W)` and the decoded `hr_latents`, in [0, 1], not clamped."""
+        estimate = one_step_estimate(
+            self.noise_predictor, *self.frozen, lr, lr_latents, timesteps, noise, prompt_embeds
+        )
+        latents = torch.cat([estimate, hr_latents]) / self.vae.config.scaling_factor
+        pixels = self.vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample.float() / 2 + 0.5
+        return pixels[: len(lr)], pixels[len(lr) :]
+
+
+def freeze(pipe: InvSRPipeline):
+    """Leaves gradients to the noise predictor and to what decodes."""
+    pipe.unet.requires_grad_(False)
+    pipe.vae.requires_grad_(False)
+    pipe.vae.decoder.requires_grad_(True)
+    if getattr(pipe.vae, "post_quant_conv", None) is not None:
+        pipe.vae.post_quant_conv.requires_grad_(True)
+
+
+def main(argv: list[str] | None = None):
+    settings, degradation_settings = parse_args(sys.argv[1:] if argv is None else argv)
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    output = Path(settings.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    set_seed(settings.seed)
+
+    # 1. Models
+    pipe = InvSRPipeline.from_pretrained(TINY if settings.model == "tiny" else settings.model, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    freeze(pipe)
+    pipe.to(accelerator.device)
+    pipe.vae.decoder.to(memory_format=torch.channels_last)
+    prompt_embeds, _ = pipe.encode_prompt(None, do_classifier_free_guidance=False, device=accelerator.device)
+    model = DecodedEstimate(pipe)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_iterations, settings.max_iterations)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMAModel(parameters, decay=settings.ema_decay)
+    accelerator.register_for_checkpointing(ema, schedule)
+
+    # 2. Where it goes on
+    checkpoints = Checkpoints(output, accelerator, keep=2)
+    iteration, checkpoint = 0, checkpoints.find("latest") if settings.resume else None
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        iteration = int(checkpoint.name.rpartition("-")[2])
+    log = RunLog(output / "log.jsonl", iteration or None) if accelerator.is_main_process else None
+
+    # 3. Data
+    degradation = Degradation(degradation_settings, pipe.config.scale).to(accelerator.device)
+    dataset = make_dataset(settings.train_data, settings.crop_size, settings.seed)
+    place = (accelerator.process_index, accelerator.num_processes)
+    batches = iter(make_loader(dataset, settings.batch_size, *place, iteration, settings.num_workers))
+    validation = None
+    if settings.validation_data is not None and accelerator.is_main_process:
+        validation = ValidationSet(list_files(settings.validation_data), 512, pipe.config.scale, settings.seed)
+
+    def validate():
+        if validation is not None:
+            ema.store(parameters)
+            ema.copy_to(parameters)
+            metrics, _ = validation.measure(pipe)
+            ema.restore(parameters)
+            log.append(iteration, metrics)
+        accelerator.wait_for_everyone()
+
+    # 4. Loop
+    if iteration == 0:
+        validate()
+    bar = tqdm(total=settings.max_iterations, initial=iteration, disable=not accelerator.is_main_process)
+    sums, counted = {}, 0
+    while iteration < settings.max_iterations:
+        generator = batch_generator(settings.seed, iteration * place[1] + place[0])
+        with torch.no_grad():
+            hr = next(batches)["hr"].to(accelerator.device).float() / 255
+            lr = degradation(hr, generator)
+            posterior = encode_posterior(pipe.vae, hr)
+            shape = (3, len(lr), pipe.vae.config.latent_channels, *posterior.shape[-2:])
+            noise = torch.randn(shape, generator=generator).to(accelerator.device)
+            starts = torch.randint(len(START_TIMESTEPS), (len(lr),), generator=generator)
+            timesteps = (torch.tensor(START_TIMESTEPS)[starts] - 1).to(accelerator.device)
+            enlarged = F.interpolate(lr, scale_factor=pipe.config.scale, mode="bicubic", align_corners=False)
+            lr_latents = pipe.encode_image(enlarged, noise[1])
+            clean = math.ceil(len(hr) / CLEAN_SHARE)
+            hr_latents = draw_latents(pipe.vae, posterior, noise[2])[:clean]
+        estimates, reconstructions = model(lr, lr_latents, timesteps, noise[0], prompt_embeds, hr_latents)
+        losses = {"mse": F.mse_loss(estimates, hr), "reconstruction": F.mse_loss(reconstructions, hr[:clean])}
+        accelerator.backward(losses["mse"] + losses["reconstruction"])
+        accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        ema.step(parameters)
+
+        iteration, counted = iteration + 1, counted + 1
+        bar.update()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
+        if iteration % settings.log_every == 0 or iteration == settings.max_iterations:
+            means = {name: accelerator.reduce(value / counted, "mean").item() for name, value in sums.items()}
+            sums, counted = {}, 0
+            if log is not None:
+                log.append(iteration, means | {"learning_rate": schedule.get_last_lr()[0]})
+        if iteration % settings.validate_every == 0 or iteration == settings.max_iterations:
+            validate()
+        if iteration % settings.checkpoint_every == 0 or iteration == settings.max_iterations:
+            checkpoints.save(iteration, lambda folder: accelerator.save_state(str(folder)))
+    bar.close()
+
+    # 5. The pipeline, with the averaged weights
+    if accelerator.is_main_process:
+        ema.copy_to(parameters)
+        pipe.to("cpu", torch.float16).save_pretrained(output / "pipeline")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
