@@ -12,7 +12,7 @@ model is. For small models: the whole decoder is differentiated at the full reso
 
 The YAML file may be one of `train_invsr.py`: what is no setting of this script is ignored. On CPUs
 `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 examples/finetune_in_pixels.py ...` starts a process a core. The same
-command with `--resume` goes on from the last checkpoint. Needs `pip install ".[training]"`.
+command with `--resume latest` goes on from the last checkpoint. Needs `pip install ".[training]"`.
 """
 
 import math
@@ -28,7 +28,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
-from train_invsr import CLASSES, batch_generator, parse_settings, setting
+from train_invsr import CLASSES, batch_generator, descend, parse_settings, setting
 from transformers import HfArgumentParser
 
 from diffusers_invsr import TINY, InvSRPipeline
@@ -57,7 +57,7 @@ class Settings:
     train_data: list[str] = setting("HR images: folders, `folder[:N]`, lists, `webdataset:...`, `datasets:...`.", [])
     validation_data: str | None = setting("HR images for validation: a folder, `folder[:N]` or a list. None: none.")
     output_dir: str = setting("Folder of everything that the run writes.", "finetuned")
-    resume: bool = setting("Go on from the last checkpoint.", False)
+    resume: str | None = setting("`latest`, or the folder of a checkpoint.")
     seed: int = setting("Seed of every random choice.", 0)
     crop_size: int = setting("Side of the HR crops in pixels.", 128)
     batch_size: int = setting("Images a process takes at once.", 16)
@@ -138,7 +138,12 @@ def main(argv: list[str] | None = None):
 
     # 2. Where it goes on
     checkpoints = Checkpoints(output, accelerator, keep=2)
-    iteration, checkpoint = 0, checkpoints.find("latest") if settings.resume else None
+    if settings.resume is None and checkpoints.list():
+        raise SystemExit(
+            f"`output_dir={settings.output_dir!r}` holds checkpoints of another run: continue it with"
+            " `--resume latest`, or choose another folder."
+        )
+    iteration, checkpoint = 0, None if settings.resume is None else checkpoints.find(settings.resume)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         iteration = int(checkpoint.name.rpartition("-")[2])
@@ -184,9 +189,7 @@ def main(argv: list[str] | None = None):
         estimates, reconstructions = model(lr, lr_latents, timesteps, noise[0], prompt_embeds, hr_latents)
         losses = {"mse": F.mse_loss(estimates, hr), "reconstruction": F.mse_loss(reconstructions, hr[:clean])}
         accelerator.backward(losses["mse"] + losses["reconstruction"])
-        accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(accelerator, model, optimizer, settings.max_grad_norm)
         schedule.step()
         ema.step(parameters)
 

@@ -59,7 +59,9 @@ def test_the_decoder_and_the_predictor_learn_and_a_resumed_run_is_the_same(tmp_p
     assert [record["iteration"] for record in log if "psnr_y/1_step" in record] == [0, 4]
 
     (tmp_path / "checkpoint-4").rename(tmp_path / "lost")
-    finetune_in_pixels.main([*run, "--resume"])
+    with pytest.raises(SystemExit, match="holds checkpoints of another run"):
+        finetune_in_pixels.main(run)
+    finetune_in_pixels.main([*run, "--resume", "latest"])
     assert read_log(tmp_path / "log.jsonl") == log
     for name, value in weights(tmp_path / "pipeline").items():
         assert torch.equal(value, trained[name]), name

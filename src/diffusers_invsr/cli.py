@@ -88,7 +88,7 @@ def upscale(
         typer.Option(
             metavar="INTEGER|none|auto",
             help="Side of a tile, in input pixels at x4; less needs less memory. none: the whole image at once."
-            " auto: the model's own.",
+            " auto: the model's own, down to three quarters of it where that suffices.",
         ),
     ] = "auto",
     tile_overlap: Annotated[

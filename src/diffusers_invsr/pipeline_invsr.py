@@ -625,6 +625,8 @@ class InvSRPipeline(
         def enlarge(tiles: list[Tile]) -> torch.Tensor:
             self._guidance_scale = guidance_scale  # a callback may have changed it for the tiles before
             lr, enlarged, noise = collate(tiles, self.config.scale, device)
+            if self.interrupt:  # while the other half of a batch was enlarged that did not fit into memory whole
+                return torch.zeros_like(noise[0] if output_type == "latent" else enlarged)
             embeds = [select(each, tiles) for each in (all_prompt_embeds, all_negative_prompt_embeds)]
 
             # 5. Start from the enlarged images' latents plus the predicted noise
