@@ -6,15 +6,18 @@ Fine-tune the noise predictor and the VAE's decoder together, on the squared err
         --train_data photos/ --output_dir finetuned
 
 Beyond the paper, whose losses are all in latent space and whose VAE stays as it is: a decoder that was trained on
-latents of sharp images alone meets others here, one-step estimates from damaged ones. A quarter of what it learns
-from are still latents of HR images, so that it stays an inverse of the encoder, which is frozen as the diffusion
-model is. For small models: the whole decoder is differentiated at the full resolution.
+latents of sharp images alone meets others here, one-step estimates from damaged ones. A quarter of the HR images are
+decoded from their own latents besides, and their error counts as much, so that it stays an inverse of the encoder,
+which is frozen as the diffusion model is. For small models: the decoder is differentiated at the full resolution.
 
 The YAML file may be one of `train_invsr.py`: what is no setting of this script is ignored. On CPUs
 `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 examples/finetune_in_pixels.py ...` starts a process a core. The same
-command with `--resume latest` goes on from the last checkpoint. Needs `pip install ".[training]"`.
+command with `--resume` goes on from the last checkpoint. The output folder gets `pipeline/` (in float16), `log.jsonl`
+and the checkpoints. Needs `pip install ".[training]"`.
 """
 
+import dataclasses
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -23,21 +26,25 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
-from train_invsr import CLASSES, batch_generator, descend, parse_settings, setting
+from train_invsr import CLASSES, batch_generator, descend, describe, parse_settings, setting
 from transformers import HfArgumentParser
 
 from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr.conversion import save_whole
+from diffusers_invsr.files import write_atomically
+from diffusers_invsr.hub import card_metadata
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
 from diffusers_invsr.training import (
     Checkpoints,
     Degradation,
     DegradationSettings,
     RunLog,
+    SkipReport,
     ValidationSet,
     draw_latents,
     encode_posterior,
@@ -45,19 +52,22 @@ from diffusers_invsr.training import (
     make_dataset,
     make_loader,
     one_step_estimate,
+    read_log,
 )
 
 
 CLEAN_SHARE = 4  # one in so many images is also decoded from its own latents
+COURSE = "settings.json"  # of a checkpoint: all that the weights hang on
 
 
 @dataclass
 class Settings:
-    model: str = setting("Folder or Hub id of the pipeline to go on from; `tiny` is the model in the package.", "tiny")
+    model: str | None = setting("Folder or Hub id of the pipeline to go on from, or `tiny`, the model in the package.")
     train_data: list[str] = setting("HR images: folders, `folder[:N]`, lists, `webdataset:...`, `datasets:...`.", [])
     validation_data: str | None = setting("HR images for validation: a folder, `folder[:N]` or a list. None: none.")
+    validation_size: int = setting("Side of the part of them that is used, in the middle, in pixels.", 512)
     output_dir: str = setting("Folder of everything that the run writes.", "finetuned")
-    resume: str | None = setting("`latest`, or the folder of a checkpoint.")
+    resume: bool = setting("Go on from the last checkpoint in the output folder.", False)
     seed: int = setting("Seed of every random choice.", 0)
     crop_size: int = setting("Side of the HR crops in pixels.", 128)
     batch_size: int = setting("Images a process takes at once.", 16)
@@ -79,6 +89,8 @@ def parse_args(argv: list[str]) -> tuple[Settings, DegradationSettings]:
     description = __doc__.strip().splitlines()[0]
     parser = HfArgumentParser((Settings, DegradationSettings), usage=usage, description=description)
     settings, degradation = parse_settings(parser, argv, ignored=CLASSES)
+    if settings.model is None:
+        parser.error("--model has to name the pipeline to go on from.")
     if not settings.train_data:
         parser.error("--train_data has to name at least one source of images.")
     for name in ("max_iterations", "batch_size", "log_every", "validate_every", "checkpoint_every"):
@@ -124,6 +136,8 @@ def main(argv: list[str] | None = None):
     # 1. Models
     pipe = InvSRPipeline.from_pretrained(TINY if settings.model == "tiny" else settings.model, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    if pipe.takes_text and pipe.text_encoder is not None:
+        pipe.drop_text_encoder()  # the prompt is embedded once and for all
     freeze(pipe)
     pipe.to(accelerator.device)
     pipe.vae.decoder.to(memory_format=torch.channels_last)
@@ -138,15 +152,33 @@ def main(argv: list[str] | None = None):
 
     # 2. Where it goes on
     checkpoints = Checkpoints(output, accelerator, keep=2)
-    if settings.resume is None and checkpoints.list():
+    if not settings.resume and checkpoints.list():
         raise SystemExit(
-            f"`output_dir={settings.output_dir!r}` holds checkpoints of another run: continue it with"
-            " `--resume latest`, or choose another folder."
+            f"`output_dir={settings.output_dir!r}` holds checkpoints of another run: continue it with `--resume`, or"
+            " choose another folder."
         )
-    iteration, checkpoint = 0, None if settings.resume is None else checkpoints.find(settings.resume)
+    # All but what does not change the weights has to stay
+    course = {
+        name: value
+        for name, value in (dataclasses.asdict(settings) | dataclasses.asdict(degradation_settings)).items()
+        if name not in ("output_dir", "resume", "validation_data", "validation_size", "num_workers")
+        and not name.endswith("_every")
+    }
+    iteration, checkpoint = 0, checkpoints.find("latest") if settings.resume else None
     if checkpoint is not None:
+        before = json.loads((checkpoint / COURSE).read_text(encoding="utf-8"))
+        changed = [name for name in course if course[name] != before.get(name)]
+        if changed:
+            raise SystemExit(f"{checkpoint} is of a run with other {' and '.join(changed)}: choose another folder.")
         accelerator.load_state(str(checkpoint))
+        ema.to(accelerator.device)  # accelerate reads it to the CPU
         iteration = int(checkpoint.name.rpartition("-")[2])
+
+    def write_checkpoint(folder: Path):
+        accelerator.save_state(str(folder))
+        if accelerator.is_main_process:
+            write_atomically(folder / COURSE, json.dumps(course))
+
     log = RunLog(output / "log.jsonl", iteration or None) if accelerator.is_main_process else None
 
     # 3. Data
@@ -154,9 +186,11 @@ def main(argv: list[str] | None = None):
     dataset = make_dataset(settings.train_data, settings.crop_size, settings.seed)
     place = (accelerator.process_index, accelerator.num_processes)
     batches = iter(make_loader(dataset, settings.batch_size, *place, iteration, settings.num_workers))
-    validation = None
+    validation, skip_report = None, SkipReport()
     if settings.validation_data is not None and accelerator.is_main_process:
-        validation = ValidationSet(list_files(settings.validation_data), 512, pipe.config.scale, settings.seed)
+        validation = ValidationSet(
+            list_files(settings.validation_data), settings.validation_size, pipe.config.scale, settings.seed
+        )
 
     def validate():
         if validation is not None:
@@ -175,7 +209,9 @@ def main(argv: list[str] | None = None):
     while iteration < settings.max_iterations:
         generator = batch_generator(settings.seed, iteration * place[1] + place[0])
         with torch.no_grad():
-            hr = next(batches)["hr"].to(accelerator.device).float() / 255
+            batch = next(batches)
+            skip_report.add(batch["skipped"])
+            hr = batch["hr"].to(accelerator.device).float() / 255
             lr = degradation(hr, generator)
             posterior = encode_posterior(pipe.vae, hr)
             shape = (3, len(lr), pipe.vae.config.latent_channels, *posterior.shape[-2:])
@@ -205,13 +241,21 @@ def main(argv: list[str] | None = None):
         if iteration % settings.validate_every == 0 or iteration == settings.max_iterations:
             validate()
         if iteration % settings.checkpoint_every == 0 or iteration == settings.max_iterations:
-            checkpoints.save(iteration, lambda folder: accelerator.save_state(str(folder)))
+            checkpoints.save(iteration, write_checkpoint)
     bar.close()
+    skip_report.add(gather_object(list(skip_report.reasons.items())))
+    if skip_report and accelerator.is_main_process:
+        print(skip_report.summary(), file=sys.stderr)
 
     # 5. The pipeline, with the averaged weights
     if accelerator.is_main_process:
         ema.copy_to(parameters)
-        pipe.to("cpu", torch.float16).save_pretrained(output / "pipeline")
+        card = card_metadata(pipe)
+        card["training"] = describe((settings, degradation_settings), read_log(output / "log.jsonl"))
+        card["training_data"] = f"High-resolution images: {', '.join(f'`{name}`' for name in settings.train_data)}."
+        pipe.register_to_config(model_card=card)
+        pipe.noise_predictor.register_to_config(model_card=card)
+        save_whole(pipe.to("cpu", torch.float16), output / "pipeline")
     accelerator.end_training()
 
 

@@ -66,14 +66,11 @@ CROP, AMPLIFICATION = 160, 16  # of the pictures
 class Enlarger:
     """Enlarges one LR image with any tiles; a tile that several settings have goes through the networks once."""
 
-    def __init__(self, pipe: InvSRPipeline, lr: Image.Image, seed: int, fit: bool = False):
-        self.pipe, self.inputs, self.seed, self.fit = pipe, pipe.image_processor.preprocess(lr), seed, fit
+    def __init__(self, pipe: InvSRPipeline, lr: Image.Image, seed: int):
+        self.pipe, self.inputs, self.seed = pipe, pipe.image_processor.preprocess(lr), seed
         self.tiles = {}
 
     def grid(self, tile_size: int | None, overlap: int = 0, window: str = "gaussian") -> TileGrid:
-        if self.fit and tile_size is not None:
-            self.pipe.register_to_config(tile_size=tile_size)
-            tile_size = "auto"
         return self.pipe.cut_into_tiles(self.inputs, None, None, tile_size, overlap, window)
 
     def __call__(self, grid: TileGrid) -> np.ndarray:
@@ -170,7 +167,7 @@ def crops(images: list[np.ndarray], untiled: np.ndarray, middle: tuple[int, int]
 
 def compute(pipe: InvSRPipeline, lr: Image.Image, arguments: argparse.Namespace) -> tuple[dict, Image.Image]:
     """The measures of every setting on an image, and its picture."""
-    enlarge = Enlarger(pipe, lr, arguments.seed, arguments.fit)
+    enlarge = Enlarger(pipe, lr, arguments.seed)
     untiled = enlarge(enlarge.grid(None))
     size = arguments.tile_size
     published = enlarge(enlarge.grid(size, size // 2, "gaussian"))
@@ -247,9 +244,6 @@ def main(argv: list[str] | None = None):
     )
     parser.add_argument("--tile-size", type=positive, default=64, help="LR pixels")
     parser.add_argument("--overlaps", type=int, nargs="+", help="LR pixels (default: eight, from 0 to half the tile)")
-    parser.add_argument(
-        "--fit", action="store_true", help="make tiles under a raised cosine no larger than needed, as by default"
-    )
     parser.add_argument("--windows", nargs="+", choices=TILE_WINDOWS, default=TILE_WINDOWS)
     arguments = parser.parse_args(argv)
 
@@ -265,7 +259,7 @@ def main(argv: list[str] | None = None):
     if size % pipe.size_multiple:
         parser.error(f"--tile-size has to be a multiple of {pipe.size_multiple}, but is {size}.")
     photographs = read_photographs(arguments.hr, arguments.patterns, arguments.crop)
-    names = ("degradation", "shrink", "tile_size", "fit", "overlaps", "windows")
+    names = ("degradation", "shrink", "tile_size", "overlaps", "windows")
     settings = settings_of(pipe, photographs, arguments.seed) | {name: getattr(arguments, name) for name in names}
     scores = Scores(arguments.output / "scores.jsonl", settings)
     for photo in photographs:

@@ -300,10 +300,10 @@ def whole_parameters(model) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(p.full_tensor()) if hasattr(p, "full_tensor") else p for p in parameters]
 
 
-def describe(model: ModelSettings, data: DataSettings, run: RunSettings, degradation, log: list[dict]) -> str:
-    """What the model card says of the run: how it was made and what came out."""
+def describe(parts: tuple, log: list[dict]) -> str:
+    """What the model card says of a run with these (data classes of) settings: how it was made and what came out."""
     settings = {}
-    for part in (model, data, run, degradation):
+    for part in parts:
         defaults = type(part)
         for f in dataclasses.fields(defaults):
             default = f.default_factory() if f.default is dataclasses.MISSING else f.default
@@ -635,7 +635,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
             card["license"] = run.license
         if not Path(base).is_dir():
             card.setdefault("base_model", base)
-        card["training"] = describe(model, data, run, degradation_settings, read_log(output / "log.jsonl"))
+        card["training"] = describe((model, data, run, degradation_settings), read_log(output / "log.jsonl"))
         card["training_data"] = f"High-resolution images: {', '.join(f'`{source}`' for source in data.train_data)}."
         finished_pipe = convert(
             ema_predictor.cpu(),

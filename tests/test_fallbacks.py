@@ -49,22 +49,6 @@ def test_a_batch_is_halved_until_it_fits(pipe, warnings, images):
     assert [f"{count} tiles at once" in text for count, text in zip(failures, warnings())] == [True] * len(failures)
 
 
-@pytest.mark.parametrize("output_type", ["pt", "latent"])
-def test_an_interrupt_holds_for_the_rest_of_a_halved_batch(pipe, output_type):
-    """As in a batch that fits: tiles that were not reached stay black."""
-
-    def interrupt(pipeline, step, timestep, callback_kwargs):
-        pipeline._interrupt = True
-        return {}
-
-    arguments = TILES | {"output_type": output_type, "callback_on_step_end": interrupt}
-    expected = pipe(photo(40, 56), **arguments, tile_batch_size=2)
-    limit_memory(pipe.pipeline.unet, 2, 8)
-    result = pipe(photo(40, 56), **arguments, tile_batch_size=4)
-    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
-    assert 0 < result.count_nonzero() < result.numel()
-
-
 def test_tiles_that_waited_get_no_larger_batch_than_what_fitted():
     sides = [4, 4, 4, 8, 8, 8, 4, 8]
     tiles = [Tile(torch.zeros(1, 3, side, side), None, torch.zeros(2), i, print) for i, side in enumerate(sides)]

@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import FIXTURES
 
 from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr.sd_turbo import build_pipeline
 from diffusers_invsr.training.logs import read_log
 
 
@@ -21,6 +22,7 @@ import finetune_in_pixels  # noqa: E402
 
 SETTINGS = [str(EXAMPLES / "configs" / "tiny_degradation.yaml"), "--train_data", str(FIXTURES / "photos")]
 OPTIONS = {
+    "model": "tiny",
     "crop_size": 64,
     "batch_size": 2,
     "num_workers": 0,
@@ -28,6 +30,7 @@ OPTIONS = {
     "checkpoint_every": 2,
     "log_every": 1,
     "validation_data": FIXTURES / "photos[:1]",
+    "validation_size": 64,
 }
 
 
@@ -46,10 +49,13 @@ def weights(folder: Path | str) -> dict[str, torch.Tensor]:
     return {f"{name}.{key}": value for name, part in networks.items() for key, value in part.state_dict().items()}
 
 
+def command(**options) -> list[str]:
+    return [*SETTINGS, *(text for name, value in (OPTIONS | options).items() for text in (f"--{name}", str(value)))]
+
+
 def test_the_decoder_and_the_predictor_learn_and_a_resumed_run_is_the_same(tmp_path):
     """The latter with the last checkpoint lost, as if the run had been killed at iteration 3."""
-    options = OPTIONS | {"output_dir": tmp_path}
-    run = [*SETTINGS, *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
+    run = command(output_dir=tmp_path)
     finetune_in_pixels.main(run)
     trained, log = weights(tmp_path / "pipeline"), read_log(tmp_path / "log.jsonl")
     changed = {name for name, value in weights(TINY).items() if not torch.equal(value, trained[name])}
@@ -61,18 +67,40 @@ def test_the_decoder_and_the_predictor_learn_and_a_resumed_run_is_the_same(tmp_p
     (tmp_path / "checkpoint-4").rename(tmp_path / "lost")
     with pytest.raises(SystemExit, match="holds checkpoints of another run"):
         finetune_in_pixels.main(run)
-    finetune_in_pixels.main([*run, "--resume", "latest"])
+    with pytest.raises(SystemExit, match="is of a run with other batch_size and learning_rate"):
+        finetune_in_pixels.main([*run, "--resume", "--learning_rate", "1", "--batch_size", "3"])
+    finetune_in_pixels.main([*run, "--resume"])
     assert read_log(tmp_path / "log.jsonl") == log
     for name, value in weights(tmp_path / "pipeline").items():
         assert torch.equal(value, trained[name]), name
+
+
+def test_a_pipeline_of_sd_turbos_kind(tmp_path, capsys):
+    """With a text encoder and a posterior; the card tells of this run, and of the image that was left out."""
+    pipe = build_pipeline(1 / 16)
+    pipe.register_to_config(model_card={"license": "mit", "training": "another run"})
+    pipe.save_pretrained(tmp_path / "base")
+    (tmp_path / "images").mkdir()
+    for file in (FIXTURES / "photos").glob("*_hr.png"):
+        (tmp_path / "images" / file.name).symlink_to(file)
+    (tmp_path / "images" / "cut.png").write_bytes(b"no image")
+    options = {"model": tmp_path / "base", "train_data": tmp_path / "images", "output_dir": tmp_path / "run"}
+    finetune_in_pixels.main(command(**options, max_iterations=2))
+    assert "skipped 1 files: 1 " in capsys.readouterr().err
+    trained, before = weights(tmp_path / "run" / "pipeline"), weights(tmp_path / "base")
+    changed = {name for name, value in trained.items() if not torch.equal(value, before[name].half().float())}
+    assert changed and all(name.startswith(("noise_predictor", "vae.decoder", "vae.post_quant")) for name in changed)
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert "license: mit" in card and "| max_iterations | `2` |" in card and "another run" not in card
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["missing.yaml"], "missing.yaml is not a file"),
-        ([SETTINGS[0]], "--train_data has to name at least one source"),
-        ([*SETTINGS, "--batch_size", "0"], "--batch_size has to be at least 1, but is 0"),
+        ([SETTINGS[0], "--model", "tiny"], "--train_data has to name at least one source"),
+        (SETTINGS, "--model has to name the pipeline"),
+        (command(batch_size=0), "--batch_size has to be at least 1, but is 0"),
         ([*SETTINGS, "--speed", "9"], "there is no such setting: --speed 9"),
     ],
 )

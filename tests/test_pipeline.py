@@ -374,33 +374,16 @@ def test_embeddings_of_each_image_stay_with_it(pipe, prompt_embeds):
 def test_compiled_without_breaks_and_once_for_all_images(pipe):
     """With another image size, another number of steps and another start nothing is compiled anew."""
     calls = [((20, 30), 1), ((40, 17), 3)]
-    pipe.pipeline.register_to_config(tile_size=16)
 
-    def enlarge_all(**arguments):
-        return [pipe(photo(*size), num_steps=steps, tile_overlap=4, **arguments) for size, steps in calls]
+    def enlarge_all():
+        return [pipe(photo(*size), num_steps=steps, tile_size=16, tile_overlap=4) for size, steps in calls]
 
-    expected = enlarge_all(tile_size=16)
+    expected = enlarge_all()
     torch._dynamo.reset()
     pipe.pipeline.compile(fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        torch.testing.assert_close(enlarge_all(tile_size="auto"), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(enlarge_all(), expected, atol=1e-4, rtol=0)
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize(
-    "arguments, sizes",
-    [
-        ({"tile_size": "auto"}, {(24, 28)}),  # of 40 and 48 pixels, two tiles each that overlap by 8
-        ({"tile_size": "auto", "tile_window": "gaussian"}, {(32, 32)}),
-        ({"tile_size": 32}, {(32, 32)}),
-    ],
-)
-def test_default_tiles_are_no_larger_than_needed(pipe, arguments, sizes):
-    pipe.pipeline.register_to_config(tile_size=32)
-    seen = []
-    pipe.pipeline.noise_predictor.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[-2:])))
-    assert pipe(photo(40, 48), **arguments).shape[-2:] == (160, 192)
-    assert {*seen} == sizes and len(seen) == 4
 
 
 def test_attention_runs_in_flash_kernels(pipe):

@@ -30,26 +30,6 @@ def test_starts_cover_the_axis(length, overlap, starts):
     assert axis.starts == starts and axis.starts[-1] + 32 == axis.padded_length
 
 
-@pytest.mark.parametrize(
-    "length, tile_length, starts",
-    [
-        (5, 24, [0]),
-        (25, 28, [0]),
-        (31, 32, [0]),
-        (33, 24, [0, 12]),  # padded to 36; 22 would do, but no tile is shorter than three quarters
-        (48, 28, [0, 20]),
-        (50, 32, [0, 20]),  # padded to 52
-        (57, 28, [0, 20, 32]),
-        (104, 32, [0, 24, 48, 72]),
-    ],
-)
-def test_tiles_are_as_short_as_their_number_allows(length, tile_length, starts):
-    axis, whole = (TileAxis(length, 32, 8, multiple=4, window="raised_cosine", fit=fit) for fit in (True, False))
-    assert (axis.tile_length, axis.starts, len(whole.starts)) == (tile_length, starts, len(starts))
-    assert axis.starts[-1] + tile_length == axis.padded_length
-    assert axis.front == max(24 - length, 0) // 2
-
-
 @pytest.mark.parametrize("length", [2, 3, 5, 11, 20, 31])
 def test_short_axis_is_reflected_on_both_ends(length):
     """Against torch's reflection padding, repeated until the tile is full."""
@@ -112,15 +92,14 @@ def test_without_tiles_overlap_and_window_have_no_effect(overlap, window):
     assert list(grid) == [(0, 0)] and torch.equal(grid.rows.weights(4)[0], torch.ones(128))
 
 
-@pytest.mark.parametrize("fit", [False, True])
 @pytest.mark.parametrize("window", TILE_WINDOWS)
 @pytest.mark.parametrize("overlap", [0, 8, 16, 28])
 @pytest.mark.parametrize("size", [(20, 27), (32, 32), (37, 53), (64, 20), (70, 101)])
-def test_blending_the_enlarged_tiles_gives_the_enlarged_image(size, overlap, window, fit):
+def test_blending_the_enlarged_tiles_gives_the_enlarged_image(size, overlap, window):
     """With the enlargement itself as the result, the seams must not show, whatever the overlap."""
     torch.manual_seed(0)
     image = F.interpolate(torch.rand(2, 3, 6, 6), size=size, mode="bilinear")
-    grid = TileGrid(image, (4 * size[0], 4 * size[1]), 4, 32, overlap, 4, window, fit)
+    grid = TileGrid(image, (4 * size[0], 4 * size[1]), 4, 32, overlap, 4, window)
     blender = TileBlender(grid, (2, 3), 4)
     for corner in grid:
         blender.add(F.interpolate(grid.cut(*corner)[0], scale_factor=4, mode="nearest"), *corner)

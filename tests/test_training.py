@@ -256,7 +256,7 @@ def test_a_run_does_not_mix_with_another_one(script, settings, uninterrupted, tm
 @pytest.mark.parametrize("last", [{"psnr_y/1_step": 24.0, "lpips/1_step": 0.3}, {"psnr_y/1_step": 24.0}])
 def test_the_card_tells_what_both_validations_measured(script, settings, last):
     first = {"iteration": 0, "psnr_y/1_step": 23.0, "psnr_y/3_steps": None}
-    text = script.describe(*script.parse_args([settings]), [first, {"iteration": 6, **last}])
+    text = script.describe(script.parse_args([settings]), [first, {"iteration": 6, **last}])
     assert "| iteration | psnr_y/1_step |" in text and "| 6 | 24.0000 |" in text
 
 

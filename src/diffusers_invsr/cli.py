@@ -88,7 +88,7 @@ def upscale(
         typer.Option(
             metavar="INTEGER|none|auto",
             help="Side of a tile, in input pixels at x4; less needs less memory. none: the whole image at once."
-            " auto: the model's own, down to three quarters of it where that suffices.",
+            " auto: the model's own.",
         ),
     ] = "auto",
     tile_overlap: Annotated[
@@ -141,7 +141,7 @@ def upscale(
             "num_steps": steps,
             "start_timestep": start_timestep,
             "scale": scale,
-            "tile_size": tile_side,
+            "tile_size": pipe.config.tile_size if tile_side == "auto" else tile_side,
             "tile_overlap": tile_overlap,
             "tile_batch_size": tile_batch_size,
             "color_fix": None if color_fix == "none" else color_fix,

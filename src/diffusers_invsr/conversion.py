@@ -276,13 +276,18 @@ def convert(
     if drop_text_encoder:
         pipe.drop_text_encoder()
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
-            new = Path(folder, "new")
-            pipe.save_pretrained(new)
-            write_code(pipe, new)  # of which the card tells
-            create_model_card(pipe, output.name).save(new / "README.md")
-            if output.exists():
-                output.rename(Path(folder, "old"))
-            new.rename(output)
+        save_whole(pipe, output)
     return pipe
+
+
+def save_whole(pipe: InvSRPipeline, output: Path):
+    """Save a pipeline with its code and model card. The folder appears, or is replaced, when it is complete."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
+        new = Path(folder, "new")
+        pipe.save_pretrained(new)
+        write_code(pipe, new)  # of which the card tells
+        create_model_card(pipe, output.name).save(new / "README.md")
+        if output.exists():
+            output.rename(Path(folder, "old"))
+        new.rename(output)

@@ -116,7 +116,6 @@ class InvSRPipeline(
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = InvSRImageProcessor()
         self._fixed_prompt_embeds, self._fixed_prompt_source = {}, None
-        self._is_compiled = False
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
@@ -128,16 +127,14 @@ class InvSRPipeline(
 
     def compile(self, **kwargs):
         r"""
-        Compile the networks in place. From now on all tiles have one shape, also by default, so that nothing is
-        compiled anew for another image, as long as `tile_size` is not `None`; a last batch with fewer tiles is
-        compiled once more.
+        Compile the networks in place. All tiles have one shape, so that nothing is compiled anew for another image, as
+        long as `tile_size` is not `None`; a last batch with fewer tiles is compiled once more.
 
         Args:
             kwargs: Arguments of `torch.compile`, such as `mode="max-autotune"`.
         """
         for network in (self.noise_predictor, self.unet, self.vae.encoder, self.vae.decoder):
             network.compile(**kwargs)
-        self._is_compiled = True
 
     @property
     def size_multiple(self) -> int:
@@ -171,7 +168,7 @@ class InvSRPipeline(
         negative_prompt: str | list[str] | None,
         guidance_scale: float,
         eta: float,
-        tile_size: int | str | None,
+        tile_size: int | None,
         tile_overlap: int | None,
         tile_window: str | None,
         tile_batch_size: int,
@@ -198,7 +195,6 @@ class InvSRPipeline(
             raise ValueError(f"`target_size` has to be (height, width) in pixels, but is {target_size!r}.")
         if not is_real(eta) or not 0 <= eta <= 1:
             raise ValueError(f"`eta` has to be from 0 to 1, but is {eta!r}.")
-        tile_size, _ = self._tile_size(tile_size)
         if tile_size is not None:
             multiple = self.size_multiple
             if not is_integer(tile_size) or tile_size < 1 or tile_size % multiple:
@@ -246,12 +242,6 @@ class InvSRPipeline(
                 f"`noise_predictor` reduces its input by {reduction}, but `scale={self.config.scale}` and a VAE that"
                 f" reduces by {self.vae_scale_factor} need {1 / latents_per_lr:g}."
             )
-
-    def _tile_size(self, tile_size: int | str | None) -> tuple[int | None, bool]:
-        """The (largest) tile for what a caller gave, and whether smaller ones may take its place."""
-        if isinstance(tile_size, str) and tile_size == "auto":
-            return self.config.tile_size, not self._is_compiled
-        return tile_size, False
 
     def prepare_noise(
         self, batch_size: int, height: int, width: int, num_maps: int, generator, device: torch.device
@@ -396,7 +386,7 @@ class InvSRPipeline(
         images: list[InputImage],
         scale: float | None,
         target_size: tuple[int, int] | None,
-        tile_size: int | str | None,
+        tile_size: int | None,
         tile_overlap: int | None,
         tile_window: str | None = None,
     ) -> TileGrid:
@@ -417,9 +407,8 @@ class InvSRPipeline(
             )
         pixels = torch.stack([image.pixels for image in images]) if len(images) > 1 else images[0].pixels[None]
         target_size = tuple(int(side) for side in target_size)
-        tile_size, fit = self._tile_size(tile_size)
         return TileGrid(
-            pixels, target_size, self.config.scale, tile_size, tile_overlap, self.size_multiple, tile_window, fit
+            pixels, target_size, self.config.scale, tile_size, tile_overlap, self.size_multiple, tile_window
         )
 
     def prepare_blender(self, grid: TileGrid, batch_size: int, output_type: str) -> TileBlender:
@@ -509,9 +498,8 @@ class InvSRPipeline(
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance if greater than 1.
             eta (`float`, defaults to 0.0): Noise of the intermediate steps, from 0 (DDIM) to 1.
             tile_size (`int`, *optional*, defaults to `"auto"`):
-                Side of a tile in LR pixels at the checkpoint's own scale. `"auto"` takes the pipeline's default, and
-                where as many smaller tiles cover an image, those, down to three quarters of it (but not once
-                compiled, nor with `tile_window="gaussian"`). `None` processes the image whole.
+                Side of a tile in LR pixels at the checkpoint's own scale; `"auto"` takes the pipeline's default,
+                `None` processes the image whole.
             tile_overlap (`int`, *optional*):
                 LR pixels that neighbouring tiles share; by default an eighth of the tile but at least 8 (or half the
                 tile), and half of it with `tile_window="gaussian"`. Without tiles it has no effect.
@@ -563,6 +551,7 @@ class InvSRPipeline(
         """
         # 1. Check the arguments and read the images
         inputs = self.image_processor.preprocess(image)
+        tile_size = self.config.tile_size if isinstance(tile_size, str) and tile_size == "auto" else tile_size
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(
@@ -625,8 +614,6 @@ class InvSRPipeline(
         def enlarge(tiles: list[Tile]) -> torch.Tensor:
             self._guidance_scale = guidance_scale  # a callback may have changed it for the tiles before
             lr, enlarged, noise = collate(tiles, self.config.scale, device)
-            if self.interrupt:  # while the other half of a batch was enlarged that did not fit into memory whole
-                return torch.zeros_like(noise[0] if output_type == "latent" else enlarged)
             embeds = [select(each, tiles) for each in (all_prompt_embeds, all_negative_prompt_embeds)]
 
             # 5. Start from the enlarged images' latents plus the predicted noise

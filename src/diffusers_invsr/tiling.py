@@ -1,6 +1,5 @@
 """Tiles of an image: where they lie, what they show, and how their results are blended."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,8 +110,8 @@ class TileAxis:
     r"""
     The tiles along one axis of an image, in LR pixels at the model's own scale.
 
-    An axis shorter than the (shortest) tile is padded by reflection on both ends, any other one at its end only, to a
-    multiple of what the networks can divide.
+    An axis shorter than the tile is padded by reflection on both ends, any other one at its end only, to a multiple of
+    what the networks can divide.
 
     Args:
         length (`int`): Pixels of the image.
@@ -120,9 +119,6 @@ class TileAxis:
         overlap (`int`): Pixels that neighbouring tiles share.
         multiple (`int`): Divisor of the padded length.
         window (`str`): How tiles are blended: `"gaussian"` (published) or `"raised_cosine"` over the overlap.
-        fit (`bool`):
-            Whether tiles are as short as their number allows, down to three quarters of `tile_size`; then that is what
-            a shorter axis is padded to.
     """
 
     length: int
@@ -130,37 +126,24 @@ class TileAxis:
     overlap: int
     multiple: int
     window: str = "gaussian"
-    fit: bool = False
-
-    def _round_up(self, length: float) -> int:
-        return math.ceil(length / self.multiple) * self.multiple
-
-    @cached_property
-    def shortest(self) -> int:
-        return self._round_up(0.75 * self.tile_size) if self.tile_size and self.fit else self.tile_size or 0
 
     @cached_property
     def padded_length(self) -> int:
-        return max(self.shortest, self._round_up(self.length))
+        return max(self.tile_size or 0, -(-self.length // self.multiple) * self.multiple)
 
     @cached_property
     def front(self) -> int:
-        return max(self.shortest - self.length, 0) // 2
+        return (self.tile_size - self.length) // 2 if self.tile_size and self.length < self.tile_size else 0
 
     @cached_property
     def tile_length(self) -> int:
-        if self.tile_size is None or not self.fit:
-            return self.tile_size or self.padded_length
-        # As many as there would be of the full length
-        count = max(math.ceil((self.padded_length - self.overlap) / (self.tile_size - self.overlap)), 1)
-        return max(self._round_up((self.padded_length + (count - 1) * self.overlap) / count), self.shortest)
+        return self.tile_size or self.padded_length
 
     @cached_property
     def starts(self) -> list[int]:
         """First pixel of each tile in the padded axis. The last tile is moved back to end with the axis."""
         last = self.padded_length - self.tile_length
-        # A single tile may be shorter than the overlap would be
-        return [*range(0, last, max(self.tile_length - self.overlap, 1)), last]
+        return [*range(0, last, self.tile_length - self.overlap), last]
 
     def positions(self, start: int, pixels_per_lr: int = 1) -> torch.Tensor:
         """Where the pixels of the tile from `start` lie in the image, in LR pixels (float64).
@@ -207,9 +190,6 @@ class TileGrid:
         window (`str`, *optional*):
             How tiles are blended: `"gaussian"` (published) or `"raised_cosine"` over the overlap. The defaults of this
             and of `tile_overlap` are those of [`choose_overlap_and_window`].
-        fit (`bool`, defaults to `False`):
-            Whether tiles that are blended by a raised cosine are smaller than `tile_size` where as many of them
-            suffice, down to three quarters of it.
     """
 
     def __init__(
@@ -221,7 +201,6 @@ class TileGrid:
         tile_overlap: int | None,
         multiple: int,
         window: str | None = None,
-        fit: bool = False,
     ):
         self.pixels = pixels
         self.target_size = target_size
@@ -229,11 +208,10 @@ class TileGrid:
         size = tuple(pixels.shape[-2:])
         self.native = target_size == (size[0] * scale, size[1] * scale)
         overlap, window = choose_overlap_and_window(tile_size, tile_overlap, window)
-        fit = fit and window == "raised_cosine"
         # Source pixels a target pixel
         self.steps = tuple(length / target for length, target in zip(size, target_size))
         self.rows, self.columns = (
-            TileAxis(-(-length // scale), tile_size, overlap, multiple, window, fit) for length in target_size
+            TileAxis(-(-length // scale), tile_size, overlap, multiple, window) for length in target_size
         )
 
     def __len__(self) -> int:
