@@ -214,6 +214,7 @@ def main(argv: list[str] | None = None):
             hr = batch["hr"].to(accelerator.device).float() / 255
             lr = degradation(hr, generator)
             posterior = encode_posterior(pipe.vae, hr)
+            # ξ₁ for the predictor, ξ₂ and ξ₃ for the posteriors of the LR and the HR image
             shape = (3, len(lr), pipe.vae.config.latent_channels, *posterior.shape[-2:])
             noise = torch.randn(shape, generator=generator).to(accelerator.device)
             starts = torch.randint(len(START_TIMESTEPS), (len(lr),), generator=generator)
