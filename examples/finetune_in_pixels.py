@@ -31,12 +31,20 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
-from train_invsr import CLASSES, batch_generator, descend, describe, parse_settings, setting
+from train_invsr import (
+    CLASSES,
+    batch_generator,
+    descend,
+    describe,
+    draw_starts,
+    parse_settings,
+    require_positive,
+    setting,
+)
 from transformers import HfArgumentParser
 
 from diffusers_invsr import TINY, InvSRPipeline
 from diffusers_invsr.conversion import save_whole
-from diffusers_invsr.files import write_atomically
 from diffusers_invsr.hub import card_metadata
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
 from diffusers_invsr.training import (
@@ -46,7 +54,6 @@ from diffusers_invsr.training import (
     RunLog,
     SkipReport,
     ValidationSet,
-    draw_latents,
     encode_posterior,
     list_files,
     make_dataset,
@@ -93,9 +100,9 @@ def parse_args(argv: list[str]) -> tuple[Settings, DegradationSettings]:
         parser.error("--model has to name the pipeline to go on from.")
     if not settings.train_data:
         parser.error("--train_data has to name at least one source of images.")
-    for name in ("max_iterations", "batch_size", "log_every", "validate_every", "checkpoint_every"):
-        if getattr(settings, name) < 1:
-            parser.error(f"--{name} has to be at least 1, but is {getattr(settings, name)}.")
+    require_positive(
+        parser, settings, "max_iterations", "batch_size", "log_every", "validate_every", "checkpoint_every"
+    )
     return settings, degradation
 
 
@@ -177,7 +184,7 @@ def main(argv: list[str] | None = None):
     def write_checkpoint(folder: Path):
         accelerator.save_state(str(folder))
         if accelerator.is_main_process:
-            write_atomically(folder / COURSE, json.dumps(course))
+            (folder / COURSE).write_text(json.dumps(course), encoding="utf-8")
 
     log = RunLog(output / "log.jsonl", iteration or None) if accelerator.is_main_process else None
 
@@ -214,16 +221,9 @@ def main(argv: list[str] | None = None):
             hr = batch["hr"].to(accelerator.device).float() / 255
             lr = degradation(hr, generator)
             posterior = encode_posterior(pipe.vae, hr)
-            # ξ₁ for the predictor, ξ₂ and ξ₃ for the posteriors of the LR and the HR image
-            shape = (3, len(lr), pipe.vae.config.latent_channels, *posterior.shape[-2:])
-            noise = torch.randn(shape, generator=generator).to(accelerator.device)
-            starts = torch.randint(len(START_TIMESTEPS), (len(lr),), generator=generator)
-            timesteps = (torch.tensor(START_TIMESTEPS)[starts] - 1).to(accelerator.device)
-            enlarged = F.interpolate(lr, scale_factor=pipe.config.scale, mode="bicubic", align_corners=False)
-            lr_latents = pipe.encode_image(enlarged, noise[1])
-            clean = math.ceil(len(hr) / CLEAN_SHARE)
-            hr_latents = draw_latents(pipe.vae, posterior, noise[2])[:clean]
-        estimates, reconstructions = model(lr, lr_latents, timesteps, noise[0], prompt_embeds, hr_latents)
+            timesteps, noise, lr_latents, hr_latents = draw_starts(pipe, lr, posterior, START_TIMESTEPS, generator)
+        clean = math.ceil(len(hr) / CLEAN_SHARE)
+        estimates, reconstructions = model(lr, lr_latents, timesteps, noise, prompt_embeds, hr_latents[:clean])
         losses = {"mse": F.mse_loss(estimates, hr), "reconstruction": F.mse_loss(reconstructions, hr[:clean])}
         accelerator.backward(losses["mse"] + losses["reconstruction"])
         descend(accelerator, model, optimizer, settings.max_grad_norm)

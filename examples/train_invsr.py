@@ -34,7 +34,6 @@ from uuid import uuid4
 import diffusers
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -55,9 +54,10 @@ from transformers import HfArgumentParser
 from transformers.utils.versions import require_version
 
 import diffusers_invsr
-from diffusers_invsr import TINY, InvSRNoisePredictor, convert, load_noise_predictor
+from diffusers_invsr import TINY, InvSRNoisePredictor, InvSRPipeline, convert, load_noise_predictor
 from diffusers_invsr.hub import card_metadata
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
+from diffusers_invsr.tiling import enlarge
 from diffusers_invsr.training import (
     DISCRIMINATOR_RANGE,
     Checkpoints,
@@ -193,6 +193,12 @@ def parse_settings(parser: HfArgumentParser, argv: list[str], ignored: tuple[typ
     return tuple(settings)
 
 
+def require_positive(parser: HfArgumentParser, settings, *names: str):
+    for name in names:
+        if getattr(settings, name) < 1:
+            parser.error(f"--{name} has to be at least 1, but is {getattr(settings, name)}.")
+
+
 def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSettings, DegradationSettings]:
     """The settings, checked."""
     usage = "%(prog)s [SETTINGS.yaml] [--setting value ...]"
@@ -207,12 +213,8 @@ def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSetting
 
     if not data.train_data:
         parser.error("--train_data has to name at least one source of images.")
-    for name in ("max_iterations", "batch_size", "gradient_accumulation_steps", "max_skipped_steps", "log_every"):
-        if getattr(run, name) < 1:
-            parser.error(f"--{name} has to be at least 1, but is {getattr(run, name)}.")
-    for name in ("validate_every", "checkpoint_every", "keep_checkpoints"):
-        if getattr(run, name) < 1:
-            parser.error(f"--{name} has to be at least 1, but is {getattr(run, name)}.")
+    require_positive(parser, run, "max_iterations", "batch_size", "gradient_accumulation_steps", "max_skipped_steps")
+    require_positive(parser, run, "log_every", "validate_every", "checkpoint_every", "keep_checkpoints")
     starts = run.start_timesteps
     if not starts or not all(isinstance(start, int) and 1 <= start <= 1000 for start in starts):
         parser.error(f"--start_timesteps have to be integers in 1 ... 1000, but are {starts}.")
@@ -244,6 +246,25 @@ class StopRequest:
 def batch_generator(seed: int, number: int) -> torch.Generator:
     """The source of all randomness of the run's micro-batch `number`: nothing has to be remembered to resume."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]))
+
+
+def draw_starts(
+    pipe: InvSRPipeline,
+    lr: torch.Tensor,
+    posterior: torch.Tensor,
+    start_timesteps: list[int],
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, ...]:
+    """
+    Starting steps of a batch as schedule indices, the predictor's ξ₁, and the latents of the LR and the HR images.
+    """
+    # ξ₁ for the predictor, ξ₂ and ξ₃ for the posteriors of the LR and the HR image
+    shape = (3, len(lr), pipe.vae.config.latent_channels, *posterior.shape[-2:])
+    noise = torch.randn(shape, generator=generator).to(lr.device)
+    starts = torch.randint(len(start_timesteps), (len(lr),), generator=generator)
+    timesteps = (torch.tensor(start_timesteps)[starts] - 1).to(lr.device)
+    lr_latents = pipe.encode_image(enlarge(lr, pipe.config.scale), noise[1])
+    return timesteps, noise[0], lr_latents, draw_latents(pipe.vae, posterior, noise[2])
 
 
 def adam(parameters, run: RunSettings, weight_decay: float, decoupled: bool) -> torch.optim.Optimizer:
@@ -538,18 +559,13 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
                 hr = batch["hr"].to(accelerator.device, non_blocking=True).float() / 255
                 posterior = encode_posterior(pipe.vae, hr, cache, batch["keys"])
                 lr, posterior = pool.exchange(degradation(hr, generator), posterior, generator=generator)
-                # ξ₁ for the predictor, ξ₂ and ξ₃ for the posteriors of the LR and the HR image
-                shape = (3, len(lr), pipe.vae.config.latent_channels, *posterior.shape[-2:])
-                noise = torch.randn(shape, generator=generator).to(accelerator.device)
-                starts = torch.randint(len(run.start_timesteps), (len(lr),), generator=generator)
-                timesteps = (torch.tensor(run.start_timesteps)[starts] - 1).to(accelerator.device)
-                enlarged = F.interpolate(lr, scale_factor=pipe.config.scale, mode="bicubic", align_corners=False)
-                lr_latents = pipe.encode_image(enlarged, noise[1])
-                hr_latents = draw_latents(pipe.vae, posterior, noise[2])
+                timesteps, noise, lr_latents, hr_latents = draw_starts(
+                    pipe, lr, posterior, run.start_timesteps, generator
+                )
 
             # 6.2 Noise predictor: the discriminator is frozen and hands on gradients
             estimate = one_step_estimate(
-                noise_predictor, pipe.unet, pipe.scheduler, lr, lr_latents, timesteps, noise[0], prompt_embeds
+                noise_predictor, pipe.unet, pipe.scheduler, lr, lr_latents, timesteps, noise, prompt_embeds
             )
             losses = {"l2": latent_l2(estimate, hr_latents)}
             loss = losses["l2"]

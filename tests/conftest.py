@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file
 
@@ -65,3 +66,12 @@ def pipe(reference_pipe, prompt_embeds):
 
     call.pipeline = reference_pipe
     return call
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """accelerate keeps its state for the life of a process."""
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()

@@ -14,7 +14,6 @@ from test_training import (  # noqa: F401 (fixtures)
     SCRIPT,
     assert_same_end,
     environment,
-    fresh_accelerator,
     latent_lpips,
     photos,
     run,
@@ -27,6 +26,7 @@ from diffusers_invsr import InvSRPipeline
 from diffusers_invsr.training.logs import read_log
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs `pip install '.[deepspeed]'`"
 )

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import FIXTURES
 
 from diffusers_invsr import TINY, InvSRPipeline
@@ -20,6 +19,7 @@ pytest.importorskip("kornia")
 import finetune_in_pixels  # noqa: E402
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 SETTINGS = [str(EXAMPLES / "configs" / "tiny_degradation.yaml"), "--train_data", str(FIXTURES / "photos")]
 OPTIONS = {
     "model": "tiny",
@@ -32,15 +32,6 @@ OPTIONS = {
     "validation_data": FIXTURES / "photos[:1]",
     "validation_size": 64,
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its state for the life of a process."""
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    PartialState._reset_state()
 
 
 def weights(folder: Path | str) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from diffusers_invsr.training.checkpoints import damage
 from diffusers_invsr.training.logs import read_log
 
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "train_invsr.py"
 PHOTOS = Path(__file__).parent / "fixtures" / "photos"
@@ -105,15 +106,6 @@ def settings(latent_lpips, photos, tmp_path_factory):
     file = tmp_path_factory.mktemp("settings") / "settings.yaml"
     file.write_text(json.dumps(values))  # JSON is YAML
     return str(file)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its state for the life of a process."""
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    PartialState._reset_state()
 
 
 def environment(threads=1):

@@ -10,7 +10,6 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipe
 from test_training import (  # noqa: F401 (fixtures)
     ROOT,
     assert_same_end,
-    fresh_accelerator,
     photos,
     run,
     script,
@@ -25,7 +24,7 @@ from diffusers_invsr.training import InvSRDiscriminator, LatentLPIPS
 from diffusers_invsr.training.logs import read_log
 
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("fresh_accelerator")]
 
 
 def test_tiny_configuration_improves_and_survives_a_kill(photos, tmp_path):  # noqa: F811
