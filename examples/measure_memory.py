@@ -24,11 +24,11 @@ def measure(size: int, model: str, tile_size: int | None) -> tuple[float, float]
     """Peak growth in MB while a `size` x `size` image is enlarged, and the MB of its output's buffers."""
     pipe = InvSRPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    tile_size = tile_size or pipe.config.tile_size
-    pipe(Image.new("RGB", (tile_size, tile_size)), tile_size=tile_size)
+    side = tile_size or pipe.config.tile_size
+    pipe(Image.new("RGB", (side, side)), tile_size=side)
     image = Image.effect_noise((size, size), 64).convert("RGB")
     with PeakMemory() as memory:
-        pipe(image, tile_size=tile_size, generator=torch.Generator().manual_seed(0))
+        pipe(image, tile_size=tile_size or "auto", generator=torch.Generator().manual_seed(0))
     return memory.growth, (pipe.config.scale * size) ** 2 * BYTES_PER_OUTPUT_PIXEL / 2**20
 
 

@@ -371,18 +371,40 @@ def test_embeddings_of_each_image_stay_with_it(pipe, prompt_embeds):
         torch.testing.assert_close(result[None], alone, atol=1e-4, rtol=0)
 
 
-def test_compiled_without_breaks_and_once_for_all_images(pipe):
+def test_automatic_tiles_fit_the_image(pipe):
+    """36 pixels are one tile of 36 rather than two of 32, 60 are two of 32 either way."""
+    pipe.pipeline.register_to_config(tile_size=32)
+    shapes = []
+    pipe.pipeline.unet.register_forward_pre_hook(lambda module, arguments: shapes.append(arguments[0].shape[-2:]))
+    result = pipe(photo(36, 60), tile_size="auto", tile_overlap=4)
+    assert shapes == [(18, 16), (18, 16)]
+    fixed = [pipe(photo(36, 60), tile_size=size, tile_overlap=4) for size in (32, 36)]
+    assert [result.shape] * 2 == [other.shape for other in fixed]
+    assert set(shapes[2:-2]) == {(16, 16)} and set(shapes[-2:]) == {(18, 18)}
+    published = [{"tile_window": "gaussian"}, {"tile_overlap": 16}]
+    for arguments in published:
+        expected = pipe(photo(36, 60), tile_size=32, **arguments)
+        assert torch.equal(pipe(photo(36, 60), tile_size="auto", **arguments), expected)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_compiled_without_breaks_and_once_for_all_images(pipe, in_place):
     """With another image size, another number of steps and another start nothing is compiled anew."""
-    calls = [((20, 30), 1), ((40, 17), 3)]
+    calls = [((20, 30), 1), ((36, 17), 3)]
+    pipe.pipeline.register_to_config(tile_size=32)
 
-    def enlarge_all():
-        return [pipe(photo(*size), num_steps=steps, tile_size=16, tile_overlap=4) for size, steps in calls]
+    def enlarge_all(tile_size):
+        return [pipe(photo(*size), num_steps=steps, tile_size=tile_size, tile_overlap=4) for size, steps in calls]
 
-    expected = enlarge_all()
+    expected = enlarge_all(32)
     torch._dynamo.reset()
-    pipe.pipeline.compile(fullgraph=True, backend="eager")
+    arguments = {"fullgraph": True, "backend": "eager"}
+    if in_place:
+        pipe.pipeline.compile(**arguments)
+    else:
+        pipe.pipeline.unet = torch.compile(pipe.pipeline.unet, **arguments)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        torch.testing.assert_close(enlarge_all(), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(enlarge_all("auto"), expected, atol=1e-4, rtol=0)
     torch._dynamo.reset()
 
 

@@ -9,6 +9,7 @@ from diffusers_invsr.tiling import (
     TileGrid,
     choose_overlap_and_window,
     enlarge,
+    fit_tile_size,
     gaussian_window,
     raised_cosine_window,
 )
@@ -83,6 +84,38 @@ def test_defaults_of_overlap_and_window(overlap, window, chosen):
 @pytest.mark.parametrize("tile_size, overlap", [(4, 2), (12, 6), (16, 8), (48, 8), (64, 8), (128, 16), (256, 32)])
 def test_default_overlap_grows_with_the_tile(tile_size, overlap):
     assert choose_overlap_and_window(tile_size, None, None) == (overlap, "raised_cosine")
+
+
+@pytest.mark.parametrize(
+    "length, side",
+    [
+        (20, 128),  # the tile is padded anyway
+        (128, 128),
+        (129, 144),  # one tile for two
+        (144, 144),
+        (145, 128),
+        (241, 144),  # two for three
+        (384, 144),
+        (512, 144),
+        (1024, 128),  # eight tiles of 144 are as many pixels as nine of 128
+    ],
+)
+def test_tiles_are_an_eighth_larger_where_they_cover_fewer_pixels(length, side):
+    assert fit_tile_size(length, 128, 16, 16) == side
+
+
+@pytest.mark.parametrize("multiple, side", [(1, 72), (4, 72), (8, 72), (16, 64)])
+def test_larger_tiles_can_be_divided_by_the_networks(multiple, side):
+    assert fit_tile_size(70, 64, 8, multiple) == side
+
+
+@pytest.mark.parametrize("overlap, window", [(None, "gaussian"), (64, None), (80, None)])
+def test_tiles_of_the_published_tiling_are_not_fitted(overlap, window):
+    image = torch.rand(1, 3, 144, 512)
+    grid = TileGrid(image, (576, 2048), 4, 128, overlap, 4, window, fit=True)
+    assert (grid.rows.tile_length, grid.columns.tile_length) == (128, 128)
+    grid = TileGrid(image, (576, 2048), 4, 128, 40, 4, fit=True)
+    assert (grid.rows.tile_length, grid.columns.tile_length) == (144, 144)
 
 
 @pytest.mark.parametrize("window", (None, *TILE_WINDOWS))

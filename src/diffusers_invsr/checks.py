@@ -17,3 +17,8 @@ def is_integer(value: Any) -> bool:
 def is_real(value: Any) -> bool:
     """Whether a value is a finite real number, of Python or NumPy, and no truth value."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_auto(value: Any) -> bool:
+    """Whether a value is the word `"auto"`; arrays, which compare by element, are not."""
+    return isinstance(value, str) and value == "auto"

@@ -88,7 +88,7 @@ def upscale(
         typer.Option(
             metavar="INTEGER|none|auto",
             help="Side of a tile, in input pixels at x4; less needs less memory. none: the whole image at once."
-            " auto: the model's own.",
+            " auto: the model's own, or an eighth more where that is less work.",
         ),
     ] = "auto",
     tile_overlap: Annotated[
@@ -141,7 +141,7 @@ def upscale(
             "num_steps": steps,
             "start_timestep": start_timestep,
             "scale": scale,
-            "tile_size": pipe.config.tile_size if tile_side == "auto" else tile_side,
+            "tile_size": tile_side,
             "tile_overlap": tile_overlap,
             "tile_batch_size": tile_batch_size,
             "color_fix": None if color_fix == "none" else color_fix,

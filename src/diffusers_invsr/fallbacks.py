@@ -9,7 +9,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers.utils import logging
 
-from .checks import OUT_OF_MEMORY
+from .checks import OUT_OF_MEMORY, is_auto
 from .tile_batches import Tile, TilePool
 
 
@@ -75,9 +75,9 @@ def smaller_tiles_within_memory(call: Callable) -> Callable:
             try:
                 return call(*bound.args, **bound.kwargs)
             except TileMemoryError:  # not for want of memory elsewhere, such as for the output
-                # The whole image, then tiles of the default size, then halves
-                sizes = {None: 2 * self.config.tile_size, "auto": self.config.tile_size}
-                size = sizes.get(arguments["tile_size"], arguments["tile_size"]) // 2
+                # The whole image or tiles that may be larger than the default, then those of the default, then halves
+                size = arguments["tile_size"]
+                size = self.config.tile_size if size is None or is_auto(size) else size // 2
                 size -= size % self.size_multiple
                 if size == 0:
                     raise

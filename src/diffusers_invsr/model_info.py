@@ -113,7 +113,7 @@ def describe_model(pipe: InvSRPipeline, folder: Path) -> dict[str, str]:
     text = "yes" if has_text_encoder else "no (fixed prompts)" if pipe.takes_text else "no (the model takes no text)"
     return {
         "scale": f"x{pipe.config.scale} (any from 1 to 8 with --scale)",
-        "tile": f"{tile_size} pixels, in multiples of {pipe.size_multiple}",
+        "tile": f"{tile_size} pixels (or an eighth more), in multiples of {pipe.size_multiple}",
         "licence": _licence(pipe, folder),
         "text encoder": text,
         "parameters": f"{sum(parameters.values()) / 1e6:,.2f} M",

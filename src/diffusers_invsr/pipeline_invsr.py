@@ -21,7 +21,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .checks import is_integer, is_real
+from .checks import is_auto, is_integer, is_real
 from .color_fix import COLOR_FIXES, apply_color_fix
 from .fallbacks import Float32Mixin, enlarge_within_memory, smaller_tiles_within_memory
 from .hub import HubMixin
@@ -127,14 +127,22 @@ class InvSRPipeline(
 
     def compile(self, **kwargs):
         r"""
-        Compile the networks in place. All tiles have one shape, so that nothing is compiled anew for another image, as
-        long as `tile_size` is not `None`; a last batch with fewer tiles is compiled once more.
+        Compile the networks in place. From then on `tile_size="auto"` is the pipeline's own for every image, so that
+        all tiles have one shape and nothing is compiled anew for another image; a last batch with fewer tiles is
+        compiled once more.
 
         Args:
             kwargs: Arguments of `torch.compile`, such as `mode="max-autotune"`.
         """
         for network in (self.noise_predictor, self.unet, self.vae.encoder, self.vae.decoder):
             network.compile(**kwargs)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether a network was compiled as a whole, so that each further shape of tiles takes a compilation."""
+        networks = (self.noise_predictor, self.unet, self.vae.encoder, self.vae.decoder)
+        # By `torch.compile(network)`, or in place
+        return any(hasattr(network, "_orig_mod") or network._compiled_call_impl is not None for network in networks)
 
     @property
     def size_multiple(self) -> int:
@@ -168,7 +176,7 @@ class InvSRPipeline(
         negative_prompt: str | list[str] | None,
         guidance_scale: float,
         eta: float,
-        tile_size: int | None,
+        tile_size: int | str | None,
         tile_overlap: int | None,
         tile_window: str | None,
         tile_batch_size: int,
@@ -195,6 +203,8 @@ class InvSRPipeline(
             raise ValueError(f"`target_size` has to be (height, width) in pixels, but is {target_size!r}.")
         if not is_real(eta) or not 0 <= eta <= 1:
             raise ValueError(f"`eta` has to be from 0 to 1, but is {eta!r}.")
+        if is_auto(tile_size):
+            tile_size = self.config.tile_size
         if tile_size is not None:
             multiple = self.size_multiple
             if not is_integer(tile_size) or tile_size < 1 or tile_size % multiple:
@@ -386,7 +396,7 @@ class InvSRPipeline(
         images: list[InputImage],
         scale: float | None,
         target_size: tuple[int, int] | None,
-        tile_size: int | None,
+        tile_size: int | str | None,
         tile_overlap: int | None,
         tile_window: str | None = None,
     ) -> TileGrid:
@@ -407,8 +417,16 @@ class InvSRPipeline(
             )
         pixels = torch.stack([image.pixels for image in images]) if len(images) > 1 else images[0].pixels[None]
         target_size = tuple(int(side) for side in target_size)
+        auto = is_auto(tile_size)
         return TileGrid(
-            pixels, target_size, self.config.scale, tile_size, tile_overlap, self.size_multiple, tile_window
+            pixels,
+            target_size,
+            self.config.scale,
+            self.config.tile_size if auto else tile_size,
+            tile_overlap,
+            self.size_multiple,
+            tile_window,
+            fit=auto and not self.is_compiled,
         )
 
     def prepare_blender(self, grid: TileGrid, batch_size: int, output_type: str) -> TileBlender:
@@ -497,12 +515,14 @@ class InvSRPipeline(
             negative_prompt (`str` or `list[str]`, *optional*): Negative prompt in place of the fixed one.
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance if greater than 1.
             eta (`float`, defaults to 0.0): Noise of the intermediate steps, from 0 (DDIM) to 1.
-            tile_size (`int`, *optional*, defaults to `"auto"`):
-                Side of a tile in LR pixels at the checkpoint's own scale; `"auto"` takes the pipeline's default,
-                `None` processes the image whole.
+            tile_size (`int` or `str`, *optional*, defaults to `"auto"`):
+                Side of a tile in LR pixels at the checkpoint's own scale; `None` processes the image whole. `"auto"`
+                is the pipeline's default, or along an axis an eighth more where that leaves fewer pixels to compute
+                (not under `tile_window="gaussian"`, and not for compiled networks).
             tile_overlap (`int`, *optional*):
-                LR pixels that neighbouring tiles share; by default an eighth of the tile but at least 8 (or half the
-                tile), and half of it with `tile_window="gaussian"`. Without tiles it has no effect.
+                LR pixels that neighbouring tiles share; by default an eighth of the tile (with `"auto"`, of the
+                pipeline's default) but at least 8 (or half the tile), and half of it with `tile_window="gaussian"`.
+                Without tiles it has no effect.
             tile_window (`str`, *optional*):
                 How tiles are blended: `"gaussian"` over the whole tile, or `"raised_cosine"` over the overlap alone.
                 By default the former if `tile_overlap` is half the tile or more, else the latter. So either
@@ -551,7 +571,6 @@ class InvSRPipeline(
         """
         # 1. Check the arguments and read the images
         inputs = self.image_processor.preprocess(image)
-        tile_size = self.config.tile_size if isinstance(tile_size, str) and tile_size == "auto" else tile_size
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_inputs(

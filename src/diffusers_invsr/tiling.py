@@ -172,6 +172,18 @@ class TileAxis:
         return {start: window / total[offset : offset + factor] for start, offset in offsets.items()}
 
 
+def fit_tile_size(length: int, tile_size: int, overlap: int, multiple: int) -> int:
+    r"""
+    `tile_size`, or an eighth more where such tiles, all together, cover an axis with fewer pixels.
+
+    Args:
+        length (`int`), tile_size (`int`), overlap (`int`), multiple (`int`): As in [`TileAxis`].
+    """
+    larger = tile_size + tile_size // 8 // multiple * multiple
+    axes = [TileAxis(length, size, overlap, multiple) for size in (tile_size, larger)]
+    return min(axes, key=lambda axis: len(axis.starts) * axis.tile_length).tile_length
+
+
 class TileGrid:
     r"""
     Cuts images of one size into overlapping tiles and blends the tiles' results (published tiling, with any overlap).
@@ -190,6 +202,8 @@ class TileGrid:
         window (`str`, *optional*):
             How tiles are blended: `"gaussian"` (published) or `"raised_cosine"` over the overlap. The defaults of this
             and of `tile_overlap` are those of [`choose_overlap_and_window`].
+        fit (`bool`, defaults to `False`):
+            Whether tiles may be larger along an axis, as by [`fit_tile_size`]; never under the published window.
     """
 
     def __init__(
@@ -201,6 +215,7 @@ class TileGrid:
         tile_overlap: int | None,
         multiple: int,
         window: str | None = None,
+        fit: bool = False,
     ):
         self.pixels = pixels
         self.target_size = target_size
@@ -210,8 +225,12 @@ class TileGrid:
         overlap, window = choose_overlap_and_window(tile_size, tile_overlap, window)
         # Source pixels a target pixel
         self.steps = tuple(length / target for length, target in zip(size, target_size))
+        lengths = [-(-length // scale) for length in target_size]
+        sides = [tile_size, tile_size]
+        if fit and window != "gaussian":
+            sides = [fit_tile_size(length, tile_size, overlap, multiple) for length in lengths]
         self.rows, self.columns = (
-            TileAxis(-(-length // scale), tile_size, overlap, multiple, window) for length in target_size
+            TileAxis(length, side, overlap, multiple, window) for length, side in zip(lengths, sides)
         )
 
     def __len__(self) -> int:

@@ -70,8 +70,6 @@ class Sampling:
         defaults = inspect.signature(pipe.__call__).parameters
         names = [name for name in inspect.signature(pipe.check_inputs).parameters if name in defaults]
         arguments = {name: getattr(self, name, defaults[name].default) for name in names}
-        if arguments["tile_size"] == "auto":
-            arguments["tile_size"] = pipe.config.tile_size
         pipe.check_inputs(num_images=1, **arguments)
 
     def enlarge(self, pipe: "InvSRPipeline", lr: Image.Image, timesteps: list[int]) -> Image.Image:
