@@ -43,7 +43,7 @@ from train_invsr import (
 )
 from transformers import HfArgumentParser
 
-from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr import TINY, InvSRPipeline, keep_freed_memory
 from diffusers_invsr.conversion import save_whole
 from diffusers_invsr.hub import card_metadata
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
@@ -136,6 +136,8 @@ def freeze(pipe: InvSRPipeline):
 def main(argv: list[str] | None = None):
     settings, degradation_settings = parse_args(sys.argv[1:] if argv is None else argv)
     accelerator = Accelerator(mixed_precision=settings.mixed_precision)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     output = Path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     set_seed(settings.seed)

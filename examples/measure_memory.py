@@ -1,59 +1,86 @@
-"""How the peak memory of a tiled x4 enlargement grows with the image, beyond the buffers of the output (Linux, CPU).
+"""Peak memory and time of a tiled x4 enlargement, where freed memory is returned and where it is kept (Linux, CPU).
 
-    python examples/measure_memory.py --sizes 256 2048
+    python examples/measure_memory.py --sizes 256 1024
+    python examples/measure_memory.py --sizes 128 --model random --width 1 --repeats 3
 
-Each size runs in a process of its own, after one tile to warm up. The output takes, a pixel, 12 bytes in float32 (the
-sum of the blended tiles), 3 bytes as an array of 8 bits and 4 bytes as a PIL image.
+Every measurement runs in a process of its own, after one tile to warm up; those with `keep_freed_memory()` and those
+without it take turns. The output takes, a pixel, 12 bytes in float32 (the sum of the blended tiles), 3 bytes as an
+array of 8 bits and 4 bytes as a PIL image. Figures are medians; ratios are those of times, with the range of turns.
 """
 
 import argparse
 import subprocess
 import sys
+import time
+from statistics import median
 
 import torch
-from peak_memory import PeakMemory
+from benchmark import positive
+from peak_memory import PeakMemory, return_free_memory
 from PIL import Image
 
-from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr import TINY, InvSRPipeline, keep_freed_memory
+from diffusers_invsr.sd_turbo import build_pipeline
+from diffusers_invsr.tables import markdown_table
 
 
 BYTES_PER_OUTPUT_PIXEL = 12 + 3 + 4
 
 
-def measure(size: int, model: str, tile_size: int | None) -> tuple[float, float]:
-    """Peak growth in MB while a `size` x `size` image is enlarged, and the MB of its output's buffers."""
-    pipe = InvSRPipeline.from_pretrained(model)
+def measure(arguments: argparse.Namespace) -> tuple[float, float]:
+    """Seconds of the enlargement of one image, and the MB by which memory grew at most."""
+    if arguments.freed == "kept" and not keep_freed_memory():
+        raise SystemExit("The C library of this system cannot keep freed memory: measure it on one with glibc.")
+    if arguments.model == "random":
+        pipe = build_pipeline(arguments.width).to(dtype=getattr(torch, arguments.dtype))
+    else:
+        pipe = InvSRPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipe.set_progress_bar_config(disable=True)
-    side = tile_size or pipe.config.tile_size
+    (size,) = arguments.sizes
+    side = arguments.tile_size or pipe.config.tile_size
     pipe(Image.new("RGB", (side, side)), tile_size=side)
     image = Image.effect_noise((size, size), 64).convert("RGB")
+    return_free_memory()
     with PeakMemory() as memory:
-        pipe(image, tile_size=tile_size or "auto", generator=torch.Generator().manual_seed(0))
-    return memory.growth, (pipe.config.scale * size) ** 2 * BYTES_PER_OUTPUT_PIXEL / 2**20
+        start = time.perf_counter()
+        pipe(image, tile_size=arguments.tile_size or "auto", generator=torch.Generator().manual_seed(0))
+        seconds = time.perf_counter() - start
+    return seconds, memory.growth
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 2048], help="sides of square LR images")
-    parser.add_argument("--model", default=TINY, help="pipeline folder (default: the embedded model)")
-    parser.add_argument("--tile-size", type=int, help="LR pixels (default: the model's own)")
-    parser.add_argument("--single", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", type=positive, nargs="+", default=[256, 1024], help="sides of square LR images")
+    parser.add_argument("--model", default=TINY, help="pipeline folder (default: the embedded model), or random")
+    parser.add_argument("--width", type=float, default=1.0, help="channels of the random model, of SD-Turbo's")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="number type")
+    parser.add_argument("--tile-size", type=positive, help="LR pixels (default: automatic)")
+    parser.add_argument("--repeats", type=positive, default=3, help="turns (default: %(default)s)")
+    parser.add_argument("--freed", choices=("returned", "kept"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.single:
-        print(*measure(arguments.single, arguments.model, arguments.tile_size))
+    if arguments.freed:
+        print(*measure(arguments))
         return
 
-    print(
-        "| LR side | peak growth (MB) | output buffers (MB) | beyond them (MB) |",
-        "| --- | --- | --- | --- |",
-        sep="\n",
-    )
+    command = [sys.executable, __file__, *sys.argv[1:]]
+    rows = []
     for size in arguments.sizes:
-        command = [sys.executable, __file__, "--single", str(size), "--model", arguments.model]
-        command += ["--tile-size", str(arguments.tile_size)] if arguments.tile_size else []
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        growth, buffers = map(float, output.split())
-        print(f"| {size} | {growth:.0f} | {buffers:.0f} | {growth - buffers:.0f} |", flush=True)
+        results = {"returned": [], "kept": []}
+        for _ in range(arguments.repeats):
+            for freed, turns in results.items():
+                options = ["--sizes", str(size), "--freed", freed]
+                output = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True).stdout
+                turns.append([float(number) for number in output.split()])
+        scale = 4 if arguments.model == "random" else InvSRPipeline.load_config(arguments.model)["scale"]
+        buffers = (scale * size) ** 2 * BYTES_PER_OUTPUT_PIXEL / 2**20
+        medians = {freed: [median(values) for values in zip(*turns)] for freed, turns in results.items()}
+        for freed, (seconds, growth) in medians.items():
+            ratios = [before[0] / now[0] for before, now in zip(results["returned"], results[freed])]
+            ratio = f"{medians['returned'][0] / seconds:.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+            rows.append([f"{size}", freed, f"{seconds:.2f}", ratio])
+            rows[-1] += [f"{growth:.0f}", f"{buffers:.0f}", f"{growth - buffers:.0f}"]
+    headings = ["LR side", "freed memory", "s", "faster", "peak growth, MB", "output buffers, MB", "beyond them, MB"]
+    print(markdown_table(headings, rows))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import pytest
 import torch
 from test_pipeline import generator, photo
 
-from diffusers_invsr import auto_dtype
 from diffusers_invsr.fallbacks import enlarge_within_memory, is_out_of_memory
 from diffusers_invsr.tile_batches import Tile, TilePool
 
@@ -138,12 +137,6 @@ def test_damaged_weights_are_an_error_not_a_black_image(pipe, dtype):
     pipe.pipeline.to(dtype=dtype)
     with pytest.raises(FloatingPointError, match="not finite, even in float32"):
         pipe(photo(), num_steps=1)
-
-
-def test_auto_dtype_is_one_that_the_device_computes_in():
-    assert auto_dtype("mps") == torch.float32
-    assert auto_dtype("cpu") in (torch.float32, torch.bfloat16)
-    assert auto_dtype("cuda") in ((torch.float32, torch.bfloat16) if torch.cuda.is_available() else (torch.float32,))
 
 
 def test_pool_puts_tiles_of_one_shape_together():

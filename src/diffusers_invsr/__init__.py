@@ -6,7 +6,7 @@ from pathlib import Path
 import diffusers
 
 from .conversion import convert, load_noise_predictor
-from .devices import auto_dtype
+from .devices import auto_dtype, keep_freed_memory
 from .noise_predictor import InvSRNoisePredictor, InvSRNoisePredictorOutput
 from .pipeline_invsr import InvSRPipeline, InvSRPipelineOutput
 from .prompt_embeds import InvSRPromptEmbeds
@@ -25,6 +25,7 @@ __all__ = [
     "InvSRScheduler",
     "auto_dtype",
     "convert",
+    "keep_freed_memory",
     "load_noise_predictor",
 ]
 

@@ -55,7 +55,7 @@ def load_pipeline(
     from diffusers.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
-    from . import TINY, InvSRPipeline
+    from . import TINY, InvSRPipeline, keep_freed_memory
     from .conversion import FetchError
     from .conversion import convert as convert_to_pipeline
 
@@ -84,9 +84,12 @@ def load_pipeline(
             raise
         fail(str(FetchError(model, error.__cause__ or error)))
     try:
-        return pipe.to(device)
+        pipe.to(device)
     except RuntimeError as error:
         fail(f"{model!r} cannot be moved to the device {str(device)!r}: {textwrap.shorten(str(error), 400)}")
+    if pipe.device.type == "cpu":
+        keep_freed_memory()
+    return pipe
 
 
 def parse_tile_size(text: str) -> int | str | None:

@@ -1,6 +1,12 @@
 """What suits a device."""
 
+import ctypes
+import sys
+
 import torch
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def auto_dtype(device: torch.device | str) -> torch.dtype:
@@ -18,3 +24,19 @@ def auto_dtype(device: torch.device | str) -> torch.dtype:
     else:
         fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if fast else torch.float32
+
+
+def keep_freed_memory() -> bool:
+    r"""
+    Have the C library keep the memory of tensors on the CPU for the next ones, until the process ends. Otherwise it
+    returns large pieces to the system at once, and fetching them anew, page by page, takes time wherever activations
+    are large. What this saves and how much more memory is held is measured in the README ("Speed").
+
+    Returns:
+        `bool`: Whether the C library can do so: glibc (most Linux systems) can.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"):
+        return False
+    # No piece is mapped by itself, and the heap is never cut
+    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
