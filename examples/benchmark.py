@@ -11,7 +11,8 @@ Variants: the first value of each option makes the variant `base`; each further 
 that alone; `--variant NAME:key=value,key=value` adds combinations. All variants are measured for each size, number of
 steps and number of images, turn by turn, so that what else the machine does hits all alike. `--baseline published`
 adds the published procedure: half-overlapping tiles of the first `--tile-size`, one by one, the text encoded at every
-tile, eager, NCHW, in the first `--dtype`. The reference of speed-ups and PSNR is that, or else `base`.
+tile, eager, NCHW, in the first `--dtype`. The reference of speed-ups and PSNR is that, or else `base`. Compiled
+pipelines do not fit tiles to the image; with `compile=full` among the variants, the others do not either.
 
 Times are medians with the range of all repeats, after warm-up. Speed-ups are ratios of medians, with the range of the
 ratios of single turns. Operations are those of matrix products, convolutions and attention, a multiplication and an
@@ -36,6 +37,7 @@ from benchmark_variants import (
     FIELDS,
     Runner,
     count_flops,
+    fix_tile_size,
     make_variants,
     parse_setting,
     parse_variant,
@@ -236,6 +238,8 @@ def main(args: list[str] | None = None):
         model = load_model(arguments.model, arguments.width, device)
     except (ValueError, OSError) as error:
         raise SystemExit(f"The model cannot be had: {describe(error)}") from error
+    if any(variant.settings.compile == "full" for variant in variants):
+        variants = [fix_tile_size(variant, model.config.tile_size) for variant in variants]
     workloads = [
         Workload(*size, steps, images)
         for size, steps, images in product(arguments.sizes, arguments.steps, arguments.images)

@@ -132,6 +132,13 @@ def make_variants(options: dict[str, list], combinations: list[tuple[str, dict]]
     return variants
 
 
+def fix_tile_size(variant: Variant, tile_size: int) -> Variant:
+    """The variant with `tile_size` in place of an automatic one, which fits tiles to the image unless compiled."""
+    if variant.settings.tile_size != "auto":
+        return variant
+    return replace(variant, settings=replace(variant.settings, tile_size=tile_size))
+
+
 @torch.no_grad()
 def enlarge_as_published(
     pipe: InvSRPipeline, images: list[Image.Image], generators: list[torch.Generator], num_steps: int, tile_size

@@ -3,55 +3,57 @@
     python examples/measure_memory.py --sizes 256 1024
     python examples/measure_memory.py --sizes 128 --model random --width 1 --repeats 3
 
-Every measurement runs in a process of its own, after one tile to warm up; those with `keep_freed_memory()` and those
-without it take turns. The output takes, a pixel, 12 bytes in float32 (the sum of the blended tiles), 3 bytes as an
-array of 8 bits and 4 bytes as a PIL image. Figures are medians; ratios are those of times, with the range of turns.
+Every measurement runs in a process of its own; those with `keep_freed_memory()` and those without it take turns.
+Before the image goes one tile to warm up, and one that counts for memory but not for time. Memory is the peak beyond
+what was held before. The output takes, a pixel, 12 bytes in float32 (the sum of the blended tiles), 3 bytes as an array
+of 8 bits and 4 bytes as a PIL image. Figures are medians; ratios are those of times, with the range of turns. Needs
+matplotlib.
 """
 
 import argparse
+import math
 import subprocess
 import sys
 import time
 from statistics import median
 
 import torch
-from benchmark import positive
+from benchmark import load_model, positive
 from peak_memory import PeakMemory, return_free_memory
 from PIL import Image
 
-from diffusers_invsr import TINY, InvSRPipeline, keep_freed_memory
-from diffusers_invsr.sd_turbo import build_pipeline
+from diffusers_invsr import keep_freed_memory
 from diffusers_invsr.tables import markdown_table
 
 
 BYTES_PER_OUTPUT_PIXEL = 12 + 3 + 4
 
 
-def measure(arguments: argparse.Namespace) -> tuple[float, float]:
-    """Seconds of the enlargement of one image, and the MB by which memory grew at most."""
+def measure(arguments: argparse.Namespace) -> tuple[float, float, float]:
+    """Seconds of the enlargement of one image, the MB by which memory grew at most, and those of the output."""
     if arguments.freed == "kept" and not keep_freed_memory():
         raise SystemExit("The C library of this system cannot keep freed memory: measure it on one with glibc.")
-    if arguments.model == "random":
-        pipe = build_pipeline(arguments.width).to(dtype=getattr(torch, arguments.dtype))
-    else:
-        pipe = InvSRPipeline.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    pipe = load_model(arguments.model, arguments.width, torch.device("cpu")).to(dtype=getattr(torch, arguments.dtype))
     pipe.set_progress_bar_config(disable=True)
     (size,) = arguments.sizes
-    side = arguments.tile_size or pipe.config.tile_size
-    pipe(Image.new("RGB", (side, side)), tile_size=side)
     image = Image.effect_noise((size, size), 64).convert("RGB")
+    options = {"tile_size": arguments.tile_size or "auto", "generator": torch.Generator().manual_seed(0)}
+    grid = pipe.cut_into_tiles(pipe.image_processor.preprocess(image), None, None, options["tile_size"], None)
+    tile = Image.new("RGB", (grid.columns.tile_length, grid.rows.tile_length))
+    pipe(tile, **options)
     return_free_memory()
     with PeakMemory() as memory:
+        pipe(tile, **options)
         start = time.perf_counter()
-        pipe(image, tile_size=arguments.tile_size or "auto", generator=torch.Generator().manual_seed(0))
+        pipe(image, **options)
         seconds = time.perf_counter() - start
-    return seconds, memory.growth
+    return seconds, memory.growth, math.prod(grid.target_size) * BYTES_PER_OUTPUT_PIXEL / 2**20
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=positive, nargs="+", default=[256, 1024], help="sides of square LR images")
-    parser.add_argument("--model", default=TINY, help="pipeline folder (default: the embedded model), or random")
+    parser.add_argument("--model", default="tiny", help="tiny, random (SD-Turbo's shapes), or a pipeline's folder")
     parser.add_argument("--width", type=float, default=1.0, help="channels of the random model, of SD-Turbo's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="number type")
     parser.add_argument("--tile-size", type=positive, help="LR pixels (default: automatic)")
@@ -71,10 +73,8 @@ def main():
                 options = ["--sizes", str(size), "--freed", freed]
                 output = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True).stdout
                 turns.append([float(number) for number in output.split()])
-        scale = 4 if arguments.model == "random" else InvSRPipeline.load_config(arguments.model)["scale"]
-        buffers = (scale * size) ** 2 * BYTES_PER_OUTPUT_PIXEL / 2**20
         medians = {freed: [median(values) for values in zip(*turns)] for freed, turns in results.items()}
-        for freed, (seconds, growth) in medians.items():
+        for freed, (seconds, growth, buffers) in medians.items():
             ratios = [before[0] / now[0] for before, now in zip(results["returned"], results[freed])]
             ratio = f"{medians['returned'][0] / seconds:.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
             rows.append([f"{size}", freed, f"{seconds:.2f}", ratio])

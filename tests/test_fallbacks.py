@@ -64,15 +64,25 @@ def test_tiles_that_waited_get_no_larger_batch_than_what_fitted():
     assert seen == [4, 2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("tile_size", [None, "auto", 32])
-def test_a_tile_is_halved_until_it_fits(pipe, warnings, tile_size):
-    expected = pipe(photo(40, 56), tile_size=16, num_steps=2)
+@pytest.mark.parametrize(
+    "tile_size, size, sides",
+    [
+        (None, (40, 56), [56, 32, 16]),
+        (None, (24, 24), [24, 12]),
+        ("auto", (40, 56), [32, 16]),
+        ("auto", (36, 36), [36, 32, 16]),
+        (32, (40, 56), [32, 16]),
+    ],
+)
+def test_a_tile_is_halved_until_it_fits(pipe, warnings, tile_size, size, sides):
+    expected = pipe(photo(*size), tile_size=sides[-1], num_steps=2)
     pipe.pipeline.register_to_config(tile_size=32)
     seen = limit_memory(pipe.pipeline.unet, 1, 8)
-    result = pipe(photo(40, 56), tile_size=tile_size, num_steps=2)
+    result = pipe(photo(*size), tile_size=tile_size, num_steps=2)
     # The noise is that of a call with these tiles from the start
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
-    assert warnings()[-1].endswith("beginning again with `tile_size=16`.") and seen[-1] == (1, 8)
+    assert [2 * side for _, side in seen[: len(sides)]] == sides
+    assert [text.rpartition("=")[2] for text in warnings()] == [f"{side}`." for side in sides[1:]]
 
 
 def test_an_image_that_fits_in_no_tile_is_an_error(pipe):

@@ -88,7 +88,7 @@ def upscale(
         typer.Option(
             metavar="INTEGER|none|auto",
             help="Side of a tile, in input pixels at x4; less needs less memory. none: the whole image at once."
-            " auto: the model's own, or an eighth more where that is less work.",
+            " auto: the model's own, or up to an eighth more where that is less work.",
         ),
     ] = "auto",
     tile_overlap: Annotated[

@@ -17,7 +17,11 @@ logger = logging.get_logger(__name__)
 
 
 class TileMemoryError(torch.OutOfMemoryError):
-    """A single tile does not fit into memory; smaller ones may."""
+    """A single tile, of `side` LR pixels at most, does not fit into memory; smaller ones may."""
+
+    def __init__(self, message: str, side: int):
+        super().__init__(message)
+        self.side = side
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -51,7 +55,7 @@ def enlarge_within_memory(
             if not is_out_of_memory(error):
                 raise
             if size == 1:
-                raise TileMemoryError(str(error)) from error
+                raise TileMemoryError(str(error), max(tiles[first].lr.shape[-2:])) from error
         # Outside of `except`, where the error would keep the tensors of the failed attempt alive
         clear_device_cache(garbage_collection=True)
         logger.warning(f"{size} tiles at once do not fit into memory: going on with {size // 2}.")
@@ -74,10 +78,11 @@ def smaller_tiles_within_memory(call: Callable) -> Callable:
         while True:
             try:
                 return call(*bound.args, **bound.kwargs)
-            except TileMemoryError:  # not for want of memory elsewhere, such as for the output
-                # The whole image or tiles that may be larger than the default, then those of the default, then halves
-                size = arguments["tile_size"]
-                size = self.config.tile_size if size is None or is_auto(size) else size // 2
+            except TileMemoryError as error:  # not for want of memory elsewhere, such as for the output
+                # The whole image or tiles larger than the default, then those of the default, then halves
+                chosen, default = arguments["tile_size"], self.config.tile_size
+                larger = (chosen is None or is_auto(chosen)) and default is not None and default < error.side
+                size = default if larger else error.side // 2
                 size -= size % self.size_multiple
                 if size == 0:
                     raise

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_iter
 
 from .hub import card_metadata
 from .pipeline_invsr import InvSRPipeline
+from .tiling import larger_tile_size
 
 
 class PeakMemory(TorchDispatchMode):
@@ -106,14 +107,14 @@ def describe_model(pipe: InvSRPipeline, folder: Path) -> dict[str, str]:
     parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in networks.items()}
     num_bytes = sum(p.numel() * p.element_size() for part in networks.values() for p in part.parameters())
     files = [file for file in folder.rglob("*") if file.is_file()] if folder.is_dir() else []
-    tile_size = pipe.config.tile_size
-    size = tile_size * pipe.config.scale
+    sides = sorted({pipe.config.tile_size, larger_tile_size(pipe.config.tile_size, pipe.size_multiple)})
+    size = sides[-1] * pipe.config.scale
     dtype = str(pipe.dtype).removeprefix("torch.")
     has_text_encoder = pipe.text_encoder is not None
     text = "yes" if has_text_encoder else "no (fixed prompts)" if pipe.takes_text else "no (the model takes no text)"
     return {
         "scale": f"x{pipe.config.scale} (any from 1 to 8 with --scale)",
-        "tile": f"{tile_size} pixels (or an eighth more), in multiples of {pipe.size_multiple}",
+        "tile": f"{' or '.join(map(str, sides))} pixels, in multiples of {pipe.size_multiple}",
         "licence": _licence(pipe, folder),
         "text encoder": text,
         "parameters": f"{sum(parameters.values()) / 1e6:,.2f} M",
@@ -122,5 +123,5 @@ def describe_model(pipe: InvSRPipeline, folder: Path) -> dict[str, str]:
         if files
         else "not a folder here",
         "memory, weights": f"{num_bytes / 1e6:,.0f} MB in {dtype} (in float16: 2 bytes a parameter)",
-        "memory, one tile": f"about {tile_memory(pipe, tile_size) / 1e6:,.0f} MB ({tile_size} to {size} pixels)",
+        "memory, one tile": f"about {tile_memory(pipe, sides[-1]) / 1e6:,.0f} MB ({sides[-1]} to {size} pixels)",
     }

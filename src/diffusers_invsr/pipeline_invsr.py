@@ -129,7 +129,7 @@ class InvSRPipeline(
         r"""
         Compile the networks in place. From then on `tile_size="auto"` is the pipeline's own for every image, so that
         all tiles have one shape and nothing is compiled anew for another image; a last batch with fewer tiles is
-        compiled once more.
+        compiled once more. Where tiles were larger before, the noise that is drawn differs too, and so does the image.
 
         Args:
             kwargs: Arguments of `torch.compile`, such as `mode="max-autotune"`.
@@ -139,9 +139,8 @@ class InvSRPipeline(
 
     @property
     def is_compiled(self) -> bool:
-        """Whether a network was compiled as a whole, so that each further shape of tiles takes a compilation."""
+        """Whether [`~InvSRPipeline.compile`] or `torch.compile(network)` made each shape of tiles a compilation."""
         networks = (self.noise_predictor, self.unet, self.vae.encoder, self.vae.decoder)
-        # By `torch.compile(network)`, or in place
         return any(hasattr(network, "_orig_mod") or network._compiled_call_impl is not None for network in networks)
 
     @property
@@ -517,8 +516,8 @@ class InvSRPipeline(
             eta (`float`, defaults to 0.0): Noise of the intermediate steps, from 0 (DDIM) to 1.
             tile_size (`int` or `str`, *optional*, defaults to `"auto"`):
                 Side of a tile in LR pixels at the checkpoint's own scale; `None` processes the image whole. `"auto"`
-                is the pipeline's default, or along an axis an eighth more where that leaves fewer pixels to compute
-                (not under `tile_window="gaussian"`, and not for compiled networks).
+                is the pipeline's default, or along an axis up to an eighth more where that is less work: not with
+                the published tiling, nor with networks that were compiled as a whole.
             tile_overlap (`int`, *optional*):
                 LR pixels that neighbouring tiles share; by default an eighth of the tile (with `"auto"`, of the
                 pipeline's default) but at least 8 (or half the tile), and half of it with `tile_window="gaussian"`.

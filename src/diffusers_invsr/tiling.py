@@ -172,16 +172,22 @@ class TileAxis:
         return {start: window / total[offset : offset + factor] for start, offset in offsets.items()}
 
 
+def larger_tile_size(tile_size: int, multiple: int) -> int:
+    """Up to an eighth more than `tile_size`, as far as there is such a multiple of `multiple`."""
+    return tile_size + tile_size // 8 // multiple * multiple
+
+
 def fit_tile_size(length: int, tile_size: int, overlap: int, multiple: int) -> int:
     r"""
-    `tile_size`, or an eighth more where such tiles, all together, cover an axis with fewer pixels.
+    `tile_size`, or [`larger_tile_size`] where such tiles, all together, are less work along an axis. A tile's work
+    grows with up to the third power of its side, since the noise predictor attends from each LR pixel to each.
 
     Args:
         length (`int`), tile_size (`int`), overlap (`int`), multiple (`int`): As in [`TileAxis`].
     """
-    larger = tile_size + tile_size // 8 // multiple * multiple
-    axes = [TileAxis(length, size, overlap, multiple) for size in (tile_size, larger)]
-    return min(axes, key=lambda axis: len(axis.starts) * axis.tile_length).tile_length
+    sizes = (tile_size, larger_tile_size(tile_size, multiple))
+    axes = [TileAxis(length, size, overlap, multiple) for size in sizes]
+    return min(axes, key=lambda axis: len(axis.starts) * axis.tile_length**1.5).tile_length
 
 
 class TileGrid:
@@ -203,7 +209,7 @@ class TileGrid:
             How tiles are blended: `"gaussian"` (published) or `"raised_cosine"` over the overlap. The defaults of this
             and of `tile_overlap` are those of [`choose_overlap_and_window`].
         fit (`bool`, defaults to `False`):
-            Whether tiles may be larger along an axis, as by [`fit_tile_size`]; never under the published window.
+            Whether tiles may be larger along an axis, as by [`fit_tile_size`]; never with `window="gaussian"`.
     """
 
     def __init__(
@@ -227,7 +233,7 @@ class TileGrid:
         self.steps = tuple(length / target for length, target in zip(size, target_size))
         lengths = [-(-length // scale) for length in target_size]
         sides = [tile_size, tile_size]
-        if fit and window != "gaussian":
+        if fit and tile_size is not None and window != "gaussian":
             sides = [fit_tile_size(length, tile_size, overlap, multiple) for length in lengths]
         self.rows, self.columns = (
             TileAxis(length, side, overlap, multiple, window) for length, side in zip(lengths, sides)
