@@ -173,6 +173,7 @@ def main(argv: list[str] | None = None):
         if name not in ("output_dir", "resume", "validation_data", "validation_size", "num_workers")
         and not name.endswith("_every")
     }
+    course["num_processes"] = accelerator.num_processes
     iteration, checkpoint = 0, checkpoints.find("latest") if settings.resume else None
     if checkpoint is not None:
         before = json.loads((checkpoint / COURSE).read_text(encoding="utf-8"))

@@ -50,7 +50,8 @@ def measure(arguments: argparse.Namespace) -> tuple[float, float, float]:
     return seconds, memory.growth, math.prod(grid.target_size) * BYTES_PER_OUTPUT_PIXEL / 2**20
 
 
-def main():
+def main(args: list[str] | None = None):
+    args = sys.argv[1:] if args is None else args
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=positive, nargs="+", default=[256, 1024], help="sides of square LR images")
     parser.add_argument("--model", default="tiny", help="tiny, random (SD-Turbo's shapes), or a pipeline's folder")
@@ -59,12 +60,12 @@ def main():
     parser.add_argument("--tile-size", type=positive, help="LR pixels (default: automatic)")
     parser.add_argument("--repeats", type=positive, default=3, help="turns (default: %(default)s)")
     parser.add_argument("--freed", choices=("returned", "kept"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(args)
     if arguments.freed:
         print(*measure(arguments))
         return
 
-    command = [sys.executable, __file__, *sys.argv[1:]]
+    command = [sys.executable, __file__, *args]
     rows = []
     for size in arguments.sizes:
         results = {"returned": [], "kept": []}

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the scripts i
 pytest.importorskip("matplotlib")
 
 import benchmark  # noqa: E402
+import measure_memory  # noqa: E402
 import measure_startup  # noqa: E402
 from benchmark_variants import (  # noqa: E402
     Calls,
@@ -27,6 +28,7 @@ from benchmark_variants import (  # noqa: E402
     Variant,
     copy_sharing_weights,
     count_flops,
+    fix_tile_size,
     make_variants,
     parse_variant,
 )
@@ -249,3 +251,19 @@ def test_startup(capsys):
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     times = {row[0].strip("| "): float(row[1]) for row in rows}
     assert len(times) == 5 and 0 < times["interpreter"] < times["diffusers"]
+
+
+def test_beside_a_compiled_pipeline_tiles_are_not_fitted():
+    variants = make_variants({"compile": ["no", "full"], "tile_size": ["auto", 64, None]}, [], published=True)
+    fixed = {variant.name: fix_tile_size(variant, 128).settings.tile_size for variant in variants}
+    assert fixed == {"published": 128, "base": 128, "compile=full": 128, "tile_size=64": 64, "tile_size=None": None}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from Linux's /proc")
+def test_memory_and_time_of_both_ways_to_free_memory(capsys):
+    measure_memory.main(["--sizes", "24", "--tile-size", "16", "--repeats", "1"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["24", "returned"], ["24", "kept"]]
+    for row in rows:
+        seconds, growth, buffers = float(row[2]), float(row[4]), float(row[5])
+        assert seconds > 0 and growth > buffers == round((4 * 24) ** 2 * 19 / 2**20)
