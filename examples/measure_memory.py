@@ -5,9 +5,9 @@
 
 Every measurement runs in a process of its own; those with `keep_freed_memory()` and those without it take turns.
 Before the image goes one tile to warm up, and one that counts for memory but not for time. Memory is the peak beyond
-what was held before. The output takes, a pixel, 12 bytes in float32 (the sum of the blended tiles), 3 bytes as an array
-of 8 bits and 4 bytes as a PIL image. Figures are medians; ratios are those of times, with the range of turns. Needs
-matplotlib.
+what was held before. The output takes, a pixel, 12 bytes in float32 (the sum of the blended tiles), 3 bytes as an
+array of 8 bits and 4 bytes as a PIL image. Figures are medians; ratios are those of times, with the range of turns.
+Needs matplotlib.
 """
 
 import argparse
