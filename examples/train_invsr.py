@@ -54,14 +54,7 @@ from transformers import HfArgumentParser
 from transformers.utils.versions import require_version
 
 import diffusers_invsr
-from diffusers_invsr import (
-    TINY,
-    InvSRNoisePredictor,
-    InvSRPipeline,
-    convert,
-    keep_freed_memory,
-    load_noise_predictor,
-)
+from diffusers_invsr import TINY, InvSRNoisePredictor, InvSRPipeline, convert, load_noise_predictor
 from diffusers_invsr.hub import card_metadata
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
 from diffusers_invsr.tiling import enlarge
@@ -366,8 +359,6 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
         project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(output / "logs")),
         kwargs_handlers=handlers,
     )
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP 1 hides the weights that the moving average needs: launch with `--fsdp_version 2`.")
     if accelerator.scaler is not None and run.gradient_accumulation_steps > 1 and run.adversarial_weight:
