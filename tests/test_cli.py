@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -256,17 +255,28 @@ def test_bad_files_are_reported_and_the_rest_goes_on(folder, model):
     assert len(lines) == 10
 
 
+WITHIN_512_MB = """
+import resource
+from pathlib import Path
+
+from diffusers_invsr import InvSRPipeline
+from diffusers_invsr.cli import app
+
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 2**29
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+app()
+"""
+
+
 def test_out_of_memory_is_explained(folder, model):
     Image.new("RGB", (1500, 1500)).save("a.png")
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**29, limits[1]))
-    try:
-        output = run("upscale", "a.png", "-o", "out", "--model", model, "--tile-size", "none", status=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert output.count("\n") == 1
-    assert "lower --tile-size" in output
+    arguments = ["upscale", "a.png", "-o", "out", "--model", str(model), "--tile-size", "none"]
+    command = [sys.executable, "-c", WITHIN_512_MB, *arguments]
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = process.stdout
+    assert process.returncode == 1 and "lower --tile-size" in output.splitlines()[-1], output
+    assert "Traceback" not in output
     assert not names_in(".")[1:]
 
 
@@ -340,7 +350,8 @@ def test_info(model):
     lines = dict(line.split(":", 1) for line in run("info", model).splitlines())
     values = {name.strip(): value.strip() for name, value in lines.items()}
     assert values["scale"].startswith("x4")
-    assert values["tile"].startswith("128 pixels")
+    assert values["tile"] == "128 or 144 pixels, in multiples of 2"
+    assert "(144 to 576 pixels)" in values["memory, one tile"]
     assert values["parameters"] == f"{num_parameters / 1e6:,.2f} M"
     assert values["text encoder"].startswith("no")
     assert values["licence"] == "not stated"
