@@ -64,10 +64,10 @@ class Measured:
         return sum(part.flops_of_run for part in self.parts.values())
 
 
-def speed_up(measured: Measured, reference: Measured) -> tuple[float, float, float]:
+def speed_up(times: list[float], reference: list[float]) -> tuple[float, float, float]:
     """Ratio of the reference's median time to a variant's, and the lowest and the highest ratio of a turn."""
-    ratios = [before / after for before, after in zip(reference.times, measured.times)]
-    return statistics.median(reference.times) / statistics.median(measured.times), min(ratios), max(ratios)
+    ratios = [before / after for before, after in zip(reference, times)]
+    return statistics.median(reference) / statistics.median(times), min(ratios), max(ratios)
 
 
 def environment(device: torch.device) -> dict:
@@ -101,7 +101,7 @@ def to_json(results: dict[str, list[Measured]], peaks: dict[str, float], environ
     for workload, variants in results.items():
         rows = []
         for measured in variants:
-            median, low, high = speed_up(measured, variants[0])
+            median, low, high = speed_up(measured.times, variants[0].times)
             rows.append(
                 {
                     "name": measured.variant.name,
@@ -145,7 +145,7 @@ def to_markdown(results: dict[str, list[Measured]], peaks: dict[str, float], env
     for workload, variants in results.items():
         reference, rows, part_rows = variants[0], [], []
         for measured in variants:
-            median, low, high = speed_up(measured, reference)
+            median, low, high = speed_up(measured.times, reference.times)
             peak = peaks[measured.variant.settings.dtype]
             psnr = "equal" if math.isinf(measured.psnr) else f"{measured.psnr:.1f}"
             rows.append(
@@ -191,7 +191,9 @@ def make_plot(results: dict[str, list[Measured]]) -> Figure:
         below = [median - min(measured.times) for median, measured in zip(medians, variants)]
         above = [max(measured.times) - median for median, measured in zip(medians, variants)]
         bars = axes.barh([measured.variant.name for measured in variants], medians, xerr=[below, above], capsize=3)
-        axes.bar_label(bars, [f"×{speed_up(measured, variants[0])[0]:.2f}" for measured in variants], padding=3)
+        axes.bar_label(
+            bars, [f"×{speed_up(measured.times, variants[0].times)[0]:.2f}" for measured in variants], padding=3
+        )
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.set_xlabel("seconds, median and range")

@@ -19,6 +19,7 @@ from statistics import median
 
 import torch
 from benchmark import load_model, positive
+from benchmark_report import speed_up
 from peak_memory import PeakMemory, return_free_memory
 from PIL import Image
 
@@ -74,11 +75,12 @@ def main(args: list[str] | None = None):
                 options = ["--sizes", str(size), "--freed", freed]
                 output = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True).stdout
                 turns.append([float(number) for number in output.split()])
-        medians = {freed: [median(values) for values in zip(*turns)] for freed, turns in results.items()}
-        for freed, (seconds, growth, buffers) in medians.items():
-            ratios = [before[0] / now[0] for before, now in zip(results["returned"], results[freed])]
-            ratio = f"{medians['returned'][0] / seconds:.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-            rows.append([f"{size}", freed, f"{seconds:.2f}", ratio])
+        reference, *_ = zip(*results["returned"])
+        for freed, turns in results.items():
+            times, growths, (buffers, *_) = zip(*turns)
+            ratio, low, high = speed_up(times, reference)
+            growth = median(growths)
+            rows.append([f"{size}", freed, f"{median(times):.2f}", f"{ratio:.2f} ({low:.2f}–{high:.2f})"])
             rows[-1] += [f"{growth:.0f}", f"{buffers:.0f}", f"{growth - buffers:.0f}"]
     headings = ["LR side", "freed memory", "s", "faster", "peak growth, MB", "output buffers, MB", "beyond them, MB"]
     print(markdown_table(headings, rows))
