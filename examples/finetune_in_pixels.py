@@ -43,7 +43,7 @@ from train_invsr import (
 )
 from transformers import HfArgumentParser
 
-from diffusers_invsr import TINY, InvSRPipeline, keep_freed_memory
+from diffusers_invsr import TINY, InvSRNoisePredictor, InvSRPipeline, keep_freed_memory
 from diffusers_invsr.conversion import save_whole
 from diffusers_invsr.hub import card_metadata
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
@@ -73,6 +73,7 @@ class Settings:
     train_data: list[str] = setting("HR images: folders, `folder[:N]`, lists, `webdataset:...`, `datasets:...`.", [])
     validation_data: str | None = setting("HR images for validation: a folder, `folder[:N]` or a list. None: none.")
     validation_size: int = setting("Side of the part of them that is used, in the middle, in pixels.", 512)
+    extra_layers: int = setting("ResNet layers to add to the predictor's last level; at first they change nothing.", 0)
     output_dir: str = setting("Folder of everything that the run writes.", "finetuned")
     resume: bool = setting("Go on from the last checkpoint in the output folder.", False)
     seed: int = setting("Seed of every random choice.", 0)
@@ -100,10 +101,27 @@ def parse_args(argv: list[str]) -> tuple[Settings, DegradationSettings]:
         parser.error("--model has to name the pipeline to go on from.")
     if not settings.train_data:
         parser.error("--train_data has to name at least one source of images.")
+    if settings.extra_layers < 0:
+        parser.error(f"--extra_layers has to be 0 or more, but is {settings.extra_layers}.")
     require_positive(
         parser, settings, "max_iterations", "batch_size", "log_every", "validate_every", "checkpoint_every"
     )
     return settings, degradation
+
+
+def deepen(predictor: InvSRNoisePredictor, extra_layers: int) -> InvSRNoisePredictor:
+    """A predictor with more ResNet layers in its last level, which gives the same: the new ones add zero."""
+    *layers, last = predictor.config.layers_per_block
+    deeper = InvSRNoisePredictor.from_config(predictor.config, layers_per_block=[*layers, last + extra_layers])
+    block = deeper.encoder.down_blocks[-1]
+    for resnet in block.resnets[last:]:
+        nn.init.zeros_(resnet.conv2.weight)
+        nn.init.zeros_(resnet.conv2.bias)
+    for attention in getattr(block, "attentions", [])[last:]:
+        nn.init.zeros_(attention.to_out[0].weight)
+        nn.init.zeros_(attention.to_out[0].bias)
+    deeper.load_state_dict(deeper.state_dict() | predictor.state_dict())
+    return deeper.to(predictor.device, predictor.dtype).eval()
 
 
 class DecodedEstimate(nn.Module):
@@ -147,6 +165,8 @@ def main(argv: list[str] | None = None):
     pipe.set_progress_bar_config(disable=True)
     if pipe.takes_text and pipe.text_encoder is not None:
         pipe.drop_text_encoder()  # the prompt is embedded once and for all
+    if settings.extra_layers:
+        pipe.register_modules(noise_predictor=deepen(pipe.noise_predictor, settings.extra_layers))
     freeze(pipe)
     pipe.to(accelerator.device)
     pipe.vae.decoder.to(memory_format=torch.channels_last)

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -181,6 +182,16 @@ def test_runners_share_weights_and_nothing_else(small):
     assert small.unet.dtype == torch.float32 and type(other.pipe.vae).__name__ == "AutoencoderTiny"
     result = other.run([Image.new("RGB", (32, 32))], 1)
     assert result.shape == (1, 128, 128, 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="keeping memory is up to glibc")
+def test_memory_may_be_kept(run, tmp_path):
+    """In a process of its own: it keeps it to its end."""
+    options = ["--model", "tiny", "--device", "cpu", "--sizes", "16x16", "--tile-size", "16", "--repeats", "1"]
+    command = [sys.executable, benchmark.__file__, "--output", tmp_path / "kept", *options, "--keep-memory"]
+    subprocess.run(command, check=True, capture_output=True)
+    kept = json.loads((tmp_path / "kept" / "benchmark.json").read_text())
+    assert [record["environment"]["memory kept"] for record in (run, kept)] == [False, True]
 
 
 def test_operations_are_counted_from_shapes():

@@ -85,12 +85,37 @@ def test_a_pipeline_of_sd_turbos_kind(tmp_path, capsys):
     assert "license: mit" in card and "| max_iterations | `2` |" in card and "another run" not in card
 
 
+@pytest.mark.parametrize("model", ("tiny", "random"))
+def test_further_layers_change_nothing_before_they_learn(model):
+    pipe = InvSRPipeline.from_pretrained(TINY) if model == "tiny" else build_pipeline(1 / 16, text=False)
+    before = pipe.noise_predictor.float()
+    deeper = finetune_in_pixels.deepen(before, 2)
+    layers, more = (predictor.config.layers_per_block for predictor in (before, deeper))
+    assert list(more) == [*layers[:-1], layers[-1] + 2]
+    assert deeper.num_parameters() > before.num_parameters() and not deeper.training
+    image = 2 * torch.rand(1, 3, 32, 32) - 1
+    with torch.no_grad():
+        assert torch.equal(deeper(image, 199).moments, before(image, 199).moments)
+    deeper(image, 199).moments.square().sum().backward()
+    new = deeper.encoder.down_blocks[-1].resnets[-1]
+    assert new.conv2.weight.grad.abs().max() > 0
+
+
+def test_a_deeper_predictor_is_saved_with_its_depth(tmp_path):
+    finetune_in_pixels.main(command(output_dir=tmp_path, max_iterations=1, extra_layers=1))
+    predictor = InvSRPipeline.from_pretrained(tmp_path / "pipeline").noise_predictor
+    assert predictor.config.layers_per_block[0] == len(predictor.encoder.down_blocks[0].resnets)
+    shipped = InvSRPipeline.from_pretrained(TINY).noise_predictor
+    assert predictor.config.layers_per_block[0] == shipped.config.layers_per_block[0] + 1
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["missing.yaml"], "missing.yaml is not a file"),
         ([SETTINGS[0], "--model", "tiny"], "--train_data has to name at least one source"),
         (SETTINGS, "--model has to name the pipeline"),
+        (command(extra_layers=-1), "--extra_layers has to be 0 or more, but is -1"),
         (command(batch_size=0), "--batch_size has to be at least 1, but is 0"),
         ([*SETTINGS, "--speed", "9"], "there is no such setting: --speed 9"),
     ],

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from conftest import FIXTURES
+from diffusers.models.attention_processor import SlicedAttnProcessor
 
 from diffusers_invsr import InvSRNoisePredictor
 
@@ -75,6 +76,17 @@ def test_gradient_checkpointing_keeps_the_gradients():
     model.train()
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, plain[name], msg=name)
+
+
+def test_takes_attention_processors():
+    model = InvSRNoisePredictor(**SMALL).eval()
+    image = 2 * torch.rand(1, 3, 16, 16) - 1
+    with torch.no_grad():
+        before = model(image, 199).moments
+        model.set_attn_processor(SlicedAttnProcessor(1))
+        after = model(image, 199).moments
+    assert {type(processor) for processor in model.attn_processors.values()} == {SlicedAttnProcessor}
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
 
 
 def test_compiles_without_graph_breaks():

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
@@ -99,7 +100,7 @@ class NoiseEncoder(nn.Module):
         return self.conv_out(self.conv_act(self.conv_norm_out(hidden_states)))
 
 
-class InvSRNoisePredictor(HubMixin, ModelMixin, ConfigMixin):
+class InvSRNoisePredictor(HubMixin, ModelMixin, AttentionMixin, ConfigMixin):
     r"""
     Predicts the noise map with which the forward process reaches the starting step from the LR image ("partial noise
     prediction", section 3.2 of the [InvSR paper](https://arxiv.org/abs/2412.09013)).
