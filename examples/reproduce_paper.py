@@ -83,7 +83,7 @@ def main():
                 pipe=pipe,
                 schedules=list(PUBLISHED[name]),
                 metrics=(*(REFERENCE_METRICS if has_gt else ()), *NO_REFERENCE_METRICS),
-                sampling=Sampling(color_fix="wavelet"),
+                sampling=Sampling(color_fix="wavelet", tile_overlap=pipe.config.tile_size // 2),  # as published
                 limit=arguments.limit,
                 progress=True,
             )

@@ -441,12 +441,22 @@ def test_interrupt(folder, model):
 
 @pytest.mark.slow
 def test_push(folder, model):
+    """In the number types in which the components were saved."""
+    pipe = InvSRPipeline.from_pretrained(model, dtype=torch.float16)
+    pipe.unet.float()
+    pipe.save_pretrained("mixed")
+    pipe.unet.half()
+    pipe.save_pretrained("mixed", variant="fp16")  # which is not loaded
     with serve() as hub:
-        process = command_line(folder, "push", model, "me/model", "--token", "hf_test", HF_ENDPOINT=hub.url)
+        process = command_line(folder, "push", "mixed", "me/model", "--token", "hf_test", HF_ENDPOINT=hub.url)
         output, errors = process.communicate()
         assert process.returncode == 0, errors
         assert output.endswith("me/model\n")
         assert {"model_index.json", "pipeline.py", "README.md"} <= set(hub.files("me/model"))
+        for name, dtype in {"unet": "F32", "vae": "F16", "noise_predictor": "F16"}.items():
+            data = hub.files("me/model")[f"{name}/diffusion_pytorch_model.safetensors"]
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            assert {entry["dtype"] for key, entry in header.items() if key != "__metadata__"} == {dtype}
 
 
 def test_names_do_not_change_when_files_join(folder, model):

@@ -303,6 +303,9 @@ def test_the_tables_of_the_paper(photos, tmp_path, monkeypatch, capsys):
     table = capsys.readouterr().out
     assert "| RealSR | 200 | NIQE | 4.22 | not measured here |" in table
     assert (tmp_path / "out" / "comparison.md").read_text() in table
+    settings = json.loads((tmp_path / "out" / "RealSR" / "settings.json").read_text())
+    sampling = settings["evaluation"]
+    assert (sampling["color_fix"], sampling["tile_size"], sampling["tile_overlap"]) == ("wavelet", "auto", 64)
 
 
 @pytest.mark.parametrize("steps", ("249", "1001"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from . import __version__, cli_evaluation
-from .cli_models import choose_device, describe, fail, load_pipeline, parse_tile_size, report
+from .cli_models import choose_device, describe, fail, load_pipeline, parse_tile_size, report, saved_dtypes
 from .image_files import FORMATS, IMAGE_SUFFIXES, check_side, find_images, plan_outputs, read_image, save_image, show
 
 
@@ -313,7 +313,7 @@ def push(
     ] = None,
 ):
     """Publish a saved pipeline on the Hub: weights, code and model card."""
-    pipe = load_pipeline(str(folder))
+    pipe = load_pipeline(str(folder), dtype=saved_dtypes(folder))
     try:
         pipe.push_to_hub(repo_id, private=private, token=token)
     except (OSError, ValueError) as error:

@@ -48,8 +48,30 @@ def choose_device(device: str, dtype: str) -> tuple["torch.device", "torch.dtype
     return device, auto_dtype(device) if dtype == "auto" else getattr(torch, dtype)
 
 
+def saved_dtypes(folder: Path) -> "dict[str, torch.dtype]":
+    """In which number type each component of a saved pipeline lies there."""
+    from safetensors import SafetensorError, safe_open
+
+    dtypes = {}
+    for file in folder.glob("*/*.safetensors"):
+        if "." in file.stem:  # a variant, which is not loaded
+            continue
+        try:
+            with safe_open(file, "pt") as weights:
+                names = weights.keys()
+                tensors = (weights.get_tensor(name) for name in names)
+                dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+        except SafetensorError:  # loading tells what is wrong
+            continue
+        if dtype is not None:
+            dtypes[file.parent.name] = dtype
+    return dtypes
+
+
 def load_pipeline(
-    model: str, device: "torch.device | str" = "cpu", dtype: "torch.dtype | None" = None
+    model: str,
+    device: "torch.device | str" = "cpu",
+    dtype: "torch.dtype | dict[str, torch.dtype] | None" = None,
 ) -> "InvSRPipeline":
     """Load what `--model` names. Where that fails, one sentence says what else there is, and the program ends."""
     from diffusers.utils.logging import disable_progress_bar
