@@ -1,36 +1,53 @@
-"""A noise predictor between two: `(1 - weight) * first + weight * second`, weight by weight.
+"""A model between two: `(1 - weight) * first + weight * second`, weight by weight of noise predictor and VAE.
 
     python examples/interpolate_predictors.py my-l2/pipeline my-perceptual/pipeline --weight 0.5 --output between
 
-Of one that was trained for fidelity and one that went on from it with perceptual and adversarial losses, this chooses
-a balance without training again (network interpolation, https://arxiv.org/abs/1809.00219). `--output` gets the first
-pipeline with the new predictor; what its card says of training is the first one's.
+Of a pipeline and what training made of it (with other losses, or another degradation), this chooses a balance without
+training again (network interpolation, https://arxiv.org/abs/1809.00219). If the second predictor is deeper, by
+`--extra_layers` of `finetune_in_pixels.py`, the first one is deepened before. `--output` gets the first pipeline with
+the new networks, in float32; what its card says of training is the first one's. Needs `pip install ".[training]"`.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
+from finetune_in_pixels import deepen
+from torch import nn
 
-from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, convert
+from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline
+from diffusers_invsr.conversion import save_whole
 
 
 @torch.no_grad()
-def interpolate(first: InvSRNoisePredictor, second: InvSRNoisePredictor, weight: float) -> InvSRNoisePredictor:
+def interpolate(first: nn.Module, second: nn.Module, weight: float):
     """Moves the weights of `first` towards those of `second`, in place."""
     others = second.state_dict()
     if {name: value.shape for name, value in first.state_dict().items()} != {
         name: value.shape for name, value in others.items()
     }:
-        raise ValueError("The two predictors have to have the same keys and shapes.")
+        raise ValueError(f"The two pipelines' {type(first).__name__} have to have the same keys and shapes.")
     for name, value in first.state_dict().items():
         value.lerp_(others[name].to(value), weight)
-    return first
+
+
+def deepen_like(first: InvSRNoisePredictor, second: InvSRNoisePredictor) -> InvSRNoisePredictor:
+    """`first`, or where `second` has more layers at its end, one with those, of which the last weights are zero."""
+    extra_layers = second.config.layers_per_block[-1] - first.config.layers_per_block[-1]
+    if extra_layers <= 0:
+        return first
+    deeper, known = deepen(first, extra_layers), first.state_dict()
+    new = {name: value for name, value in second.state_dict().items() if name not in known}
+    deeper.load_state_dict(
+        {name: value for name, value in new.items() if ".conv2." not in name and ".to_out.0." not in name},
+        strict=False,
+    )
+    return deeper
 
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("first", type=Path, help="saved pipeline; the result has all of it but the predictor")
+    parser.add_argument("first", type=Path, help="saved pipeline; the result has all of it but the two networks")
     parser.add_argument("second", type=Path, help="saved pipeline")
     parser.add_argument("--weight", type=float, required=True, help="share of the second, from 0 to 1")
     parser.add_argument("--output", type=Path, required=True, help="new folder for the pipeline")
@@ -43,11 +60,13 @@ def main(argv: list[str] | None = None):
         if not (folder / "model_index.json").is_file():
             parser.error(f"{folder} has to be the folder of a saved pipeline, but has no model_index.json")
     pipe, other = (InvSRPipeline.from_pretrained(folder) for folder in (arguments.first, arguments.second))
+    pipe.register_modules(noise_predictor=deepen_like(pipe.noise_predictor, other.noise_predictor))
     try:
-        predictor = interpolate(pipe.noise_predictor, other.noise_predictor, arguments.weight)
+        for name in ("noise_predictor", "vae"):
+            interpolate(getattr(pipe, name), getattr(other, name), arguments.weight)
     except ValueError as error:
         parser.error(str(error))
-    convert(predictor, base=str(arguments.first), output=arguments.output)
+    save_whole(pipe, arguments.output)
 
 
 if __name__ == "__main__":

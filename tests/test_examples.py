@@ -1,5 +1,6 @@
 """The scripts behind the tables of findings, on small crops of photographs with the embedded model."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ import perception_distortion  # noqa: E402
 import reproduce_paper  # noqa: E402
 import snr_threshold  # noqa: E402
 import train_tiny  # noqa: E402
+from finetune_in_pixels import deepen  # noqa: E402
 from procedural import make_image  # noqa: E402
 from simple_degradation import degrade  # noqa: E402
 
@@ -380,20 +382,41 @@ def test_seams_of_impossible_settings_are_refused(photos, tmp_path, capsys, argu
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("extra_layers", [0, 1])
 @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
-def test_a_predictor_between_two(tmp_path, weight):
+def test_a_model_between_two(tmp_path, weight, extra_layers):
     pipe = InvSRPipeline.from_pretrained(TINY)
+    pipe.register_modules(noise_predictor=deepen(pipe.noise_predictor, extra_layers))
+    networks = ("noise_predictor", "vae")
+    before = {name: copy.deepcopy(getattr(pipe, name).state_dict()) for name in networks}
     with torch.no_grad():
-        for value in pipe.noise_predictor.parameters():
+        for value in (*pipe.noise_predictor.parameters(), *pipe.vae.decoder.parameters()):
             value.add_(0.5)
     pipe.save_pretrained(tmp_path / "other")
     arguments = [TINY, str(tmp_path / "other"), "--output", str(tmp_path / "between"), "--weight"]
     interpolate_predictors.main([*arguments, str(weight)])
-    between = InvSRPipeline.from_pretrained(tmp_path / "between").noise_predictor.state_dict()
-    for name, value in InvSRPipeline.from_pretrained(TINY).noise_predictor.state_dict().items():
-        torch.testing.assert_close(between[name], value + 0.5 * weight)
+    between = InvSRPipeline.from_pretrained(tmp_path / "between")
+    # Of a new layer, the last convolution begins at zero and everything else is the second's
+    known = InvSRPipeline.from_pretrained(TINY).noise_predictor.state_dict()
+    for name in networks:
+        for key, value in getattr(between, name).state_dict().items():
+            new = name == "noise_predictor" and key not in known and ".conv2." not in key
+            share = 0 if name == "vae" and not key.startswith("decoder") else 0.5 if new else 0.5 * weight
+            torch.testing.assert_close(value, before[name][key] + share)
     with pytest.raises(SystemExit):
         interpolate_predictors.main([*arguments, "0.5"])  # the folder exists
+
+
+def test_models_of_other_shapes_have_nothing_between(tmp_path, capsys):
+    pipe = InvSRPipeline.from_pretrained(TINY)
+    pipe.register_modules(noise_predictor=deepen(pipe.noise_predictor, 1))
+    pipe.save_pretrained(tmp_path / "deeper")
+    with pytest.raises(SystemExit):
+        interpolate_predictors.main(
+            [str(tmp_path / "deeper"), TINY, "--weight", "1", "--output", str(tmp_path / "no")]
+        )
+    assert "InvSRNoisePredictor have to have the same keys and shapes" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_curve_of_perception_and_distortion(photos, tmp_path, capsys):
