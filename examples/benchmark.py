@@ -20,7 +20,7 @@ addition as two; the peak is the best of several products of large matrices in t
 up (float32 convolutions on CUDA may use TF32 where such products do not, and exceed it). PSNR compares the results in
 8 bits; with random weights it tells whether variants compute the same, not how good a result is.
 Memory is the peak of one run beyond what was held before it. With `--keep-memory` all variants run with
-`keep_freed_memory()`, and memory counts for less than it is. Needs matplotlib.
+`keep_freed_memory()`. Needs matplotlib.
 """
 
 import argparse
@@ -238,7 +238,8 @@ def measure(
 def main(args: list[str] | None = None):
     arguments = parse_arguments(args)
     device, variants = arguments.device, arguments.variants
-    if arguments.keep_memory and not keep_freed_memory():
+    memory_kept = arguments.keep_memory and keep_freed_memory()
+    if memory_kept != arguments.keep_memory:
         raise SystemExit("--keep-memory needs glibc, the C library of most Linux systems")
     try:
         model = load_model(arguments.model, arguments.width, device)
@@ -257,7 +258,7 @@ def main(args: list[str] | None = None):
             results[str(workload)] = measure(workload, runners, arguments.repeats, arguments.warmup, device, progress)
     peaks = {variant.settings.dtype: matmul_peak(variant.settings.torch_dtype, device) for variant in variants}
     command = {"model": arguments.model, "width": arguments.width, "repeats": arguments.repeats}
-    command["memory kept"] = arguments.keep_memory
+    command["memory kept"] = memory_kept
     print(save_report(results, peaks, {**environment(device), **command}, arguments.output))
 
 

@@ -111,8 +111,9 @@ def parse_args(argv: list[str]) -> tuple[Settings, DegradationSettings]:
 
 def deepen(predictor: InvSRNoisePredictor, extra_layers: int) -> InvSRNoisePredictor:
     """A predictor with more ResNet layers in its last level, which gives the same: the new ones add zero."""
-    *layers, last = predictor.config.layers_per_block
-    deeper = InvSRNoisePredictor.from_config(predictor.config, layers_per_block=[*layers, last + extra_layers])
+    layers = predictor.config.layers_per_block
+    *others, last = [layers] * len(predictor.config.block_out_channels) if isinstance(layers, int) else layers
+    deeper = InvSRNoisePredictor.from_config(predictor.config, layers_per_block=[*others, last + extra_layers])
     block = deeper.encoder.down_blocks[-1]
     for resnet in block.resnets[last:]:
         nn.init.zeros_(resnet.conv2.weight)
@@ -196,7 +197,7 @@ def main(argv: list[str] | None = None):
     course["num_processes"] = accelerator.num_processes
     iteration, checkpoint = 0, checkpoints.find("latest") if settings.resume else None
     if checkpoint is not None:
-        before = json.loads((checkpoint / COURSE).read_text(encoding="utf-8"))
+        before = {"extra_layers": 0} | json.loads((checkpoint / COURSE).read_text(encoding="utf-8"))
         changed = [name for name in course if course[name] != before.get(name)]
         if changed:
             raise SystemExit(f"{checkpoint} is of a run with other {' and '.join(changed)}: choose another folder.")

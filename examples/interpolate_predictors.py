@@ -33,15 +33,14 @@ def interpolate(first: nn.Module, second: nn.Module, weight: float):
 
 def deepen_like(first: InvSRNoisePredictor, second: InvSRNoisePredictor) -> InvSRNoisePredictor:
     """`first`, or where `second` has more layers at its end, one with those, of which the last weights are zero."""
-    extra_layers = second.config.layers_per_block[-1] - first.config.layers_per_block[-1]
-    if extra_layers <= 0:
+    layers, more = (len(predictor.encoder.down_blocks[-1].resnets) for predictor in (first, second))
+    if more <= layers:
         return first
-    deeper, known = deepen(first, extra_layers), first.state_dict()
-    new = {name: value for name, value in second.state_dict().items() if name not in known}
-    deeper.load_state_dict(
-        {name: value for name, value in new.items() if ".conv2." not in name and ".to_out.0." not in name},
-        strict=False,
-    )
+    deeper, known, others = deepen(first, more - layers), first.state_dict(), second.state_dict()
+    for name, value in deeper.state_dict().items():
+        last = ".conv2." in name or ".to_out.0." in name
+        if name not in known and not last and name in others and others[name].shape == value.shape:
+            value.copy_(others[name])
     return deeper
 
 

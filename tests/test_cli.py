@@ -15,11 +15,13 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from hub_server import serve
 from PIL import ExifTags, Image, ImageCms
+from safetensors.torch import save_file
 from sd_turbo import save_sd_turbo
 from typer.testing import CliRunner
 
 from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler, __version__
 from diffusers_invsr.cli import app
+from diffusers_invsr.cli_models import saved_dtypes
 from diffusers_invsr.image_files import save_image
 
 
@@ -441,22 +443,47 @@ def test_interrupt(folder, model):
 
 @pytest.mark.slow
 def test_push(folder, model):
-    """In the number types in which the components were saved."""
+    """In the number types in which the components were saved, and from a folder with the name of another model."""
     pipe = InvSRPipeline.from_pretrained(model, dtype=torch.float16)
     pipe.unet.float()
-    pipe.save_pretrained("mixed")
+    pipe.save_pretrained("tiny")
     pipe.unet.half()
-    pipe.save_pretrained("mixed", variant="fp16")  # which is not loaded
+    pipe.save_pretrained("tiny", variant="fp16")  # which is not loaded
+    shape = pipe.unet.conv_in.weight.shape
     with serve() as hub:
-        process = command_line(folder, "push", "mixed", "me/model", "--token", "hf_test", HF_ENDPOINT=hub.url)
+        process = command_line(folder, "push", "tiny", "me/model", "--token", "hf_test", HF_ENDPOINT=hub.url)
         output, errors = process.communicate()
         assert process.returncode == 0, errors
+        assert "cannot run with `cpu` device" not in errors
         assert output.endswith("me/model\n")
         assert {"model_index.json", "pipeline.py", "README.md"} <= set(hub.files("me/model"))
         for name, dtype in {"unet": "F32", "vae": "F16", "noise_predictor": "F16"}.items():
             data = hub.files("me/model")[f"{name}/diffusion_pytorch_model.safetensors"]
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             assert {entry["dtype"] for key, entry in header.items() if key != "__metadata__"} == {dtype}
+            if name == "unet":
+                assert tuple(header["conv_in.weight"]["shape"]) == shape
+
+
+def test_number_types_of_a_saved_pipeline(folder):
+    """The widest of a component's files; variants, other weights and what cannot be read do not count."""
+    half, single = torch.zeros(2, dtype=torch.float16), torch.zeros(2)
+    files = {
+        "unet/diffusion_pytorch_model-00001-of-00002": {"a": half, "b": torch.zeros(2, dtype=torch.int64)},
+        "unet/diffusion_pytorch_model-00002-of-00002": {"c": half},
+        "unet/pytorch_lora_weights": {"a": single},
+        "unet/diffusion_pytorch_model.fp32": {"a": single},
+        "vae/diffusion_pytorch_model": {"a": half, "b": single},
+        "text_encoder/model": {"a": half.bfloat16()},
+        "counts/model": {"a": torch.zeros(2, dtype=torch.int64)},
+    }
+    for name, tensors in files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, f"{name}.safetensors")
+    Path("broken").mkdir()
+    Path("broken/model.safetensors").write_bytes(b"no weights")
+    Path("broken/model-2.safetensors").symlink_to("nowhere")
+    assert saved_dtypes(Path()) == {"unet": torch.float16, "vae": torch.float32, "text_encoder": torch.bfloat16}
 
 
 def test_names_do_not_change_when_files_join(folder, model):

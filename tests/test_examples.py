@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffusers_invsr import TINY, InvSRPipeline
 from diffusers_invsr.metrics import psnr_y, ssim_y
+from diffusers_invsr.sd_turbo import build_pipeline
 from diffusers_invsr.tiling import TileBlender
 
 
@@ -405,6 +406,24 @@ def test_a_model_between_two(tmp_path, weight, extra_layers):
             torch.testing.assert_close(value, before[name][key] + share)
     with pytest.raises(SystemExit):
         interpolate_predictors.main([*arguments, "0.5"])  # the folder exists
+
+
+def test_new_layers_count_for_nothing_before_interpolation():
+    """Also those with attention; and predictors of other widths are left for the check of shapes."""
+    pipe = build_pipeline(1 / 16, text=False)
+    first, second = pipe.noise_predictor, deepen(pipe.noise_predictor, 1)
+    with torch.no_grad():
+        for value in second.parameters():
+            value.add_(0.1)
+        image = 2 * torch.rand(1, 3, 32, 32) - 1
+        deeper = interpolate_predictors.deepen_like(first, second)
+        torch.testing.assert_close(deeper(image, 199).moments, first(image, 199).moments)
+        interpolate_predictors.interpolate(deeper, second, 1)
+        torch.testing.assert_close(deeper(image, 199).moments, second(image, 199).moments)
+    assert interpolate_predictors.deepen_like(first, first) is first
+    other = InvSRPipeline.from_pretrained(TINY).noise_predictor
+    with pytest.raises(ValueError, match="same keys and shapes"):
+        interpolate_predictors.interpolate(interpolate_predictors.deepen_like(first, other), other, 1)
 
 
 def test_models_of_other_shapes_have_nothing_between(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import FIXTURES
 
-from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr import TINY, InvSRNoisePredictor, InvSRPipeline
 from diffusers_invsr.sd_turbo import build_pipeline
 from diffusers_invsr.training.logs import read_log
 
@@ -60,6 +60,8 @@ def test_the_decoder_and_the_predictor_learn_and_a_resumed_run_is_the_same(tmp_p
         finetune_in_pixels.main(run)
     with pytest.raises(SystemExit, match="is of a run with other batch_size and learning_rate"):
         finetune_in_pixels.main([*run, "--resume", "--learning_rate", "1", "--batch_size", "3"])
+    with pytest.raises(SystemExit, match="is of a run with other extra_layers"):
+        finetune_in_pixels.main([*run, "--resume", "--extra_layers", "1"])
     finetune_in_pixels.main([*run, "--resume"])
     assert read_log(tmp_path / "log.jsonl") == log
     for name, value in weights(tmp_path / "pipeline").items():
@@ -85,13 +87,19 @@ def test_a_pipeline_of_sd_turbos_kind(tmp_path, capsys):
     assert "license: mit" in card and "| max_iterations | `2` |" in card and "another run" not in card
 
 
-@pytest.mark.parametrize("model", ("tiny", "random"))
-def test_further_layers_change_nothing_before_they_learn(model):
-    pipe = InvSRPipeline.from_pretrained(TINY) if model == "tiny" else build_pipeline(1 / 16, text=False)
-    before = pipe.noise_predictor.float()
+def make_predictor(name: str) -> InvSRNoisePredictor:
+    if name == "tiny":
+        return InvSRPipeline.from_pretrained(TINY).noise_predictor
+    if name == "random":
+        return build_pipeline(1 / 16, text=False).noise_predictor
+    return InvSRNoisePredictor(block_out_channels=(32, 32), layers_per_block=2, temb_channels=64, attention_head_dim=8)
+
+
+@pytest.mark.parametrize("name, layers", [("tiny", [14]), ("random", [3, 5]), ("one number for all", [2, 4])])
+def test_further_layers_change_nothing_before_they_learn(name, layers):
+    before = make_predictor(name).eval()
     deeper = finetune_in_pixels.deepen(before, 2)
-    layers, more = (predictor.config.layers_per_block for predictor in (before, deeper))
-    assert list(more) == [*layers[:-1], layers[-1] + 2]
+    assert list(deeper.config.layers_per_block) == layers
     assert deeper.num_parameters() > before.num_parameters() and not deeper.training
     image = 2 * torch.rand(1, 3, 32, 32) - 1
     with torch.no_grad():

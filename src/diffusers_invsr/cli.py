@@ -313,7 +313,8 @@ def push(
     ] = None,
 ):
     """Publish a saved pipeline on the Hub: weights, code and model card."""
-    pipe = load_pipeline(str(folder), dtype=saved_dtypes(folder))
+    # By its absolute path, which is no keyword such as `tiny`
+    pipe = load_pipeline(str(folder.absolute()), dtype=saved_dtypes(folder))
     try:
         pipe.push_to_hub(repo_id, private=private, token=token)
     except (OSError, ValueError) as error:

@@ -49,22 +49,24 @@ def choose_device(device: str, dtype: str) -> tuple["torch.device", "torch.dtype
 
 
 def saved_dtypes(folder: Path) -> "dict[str, torch.dtype]":
-    """In which number type each component of a saved pipeline lies there."""
+    """The number type of each component of a saved pipeline that lies there in safetensors; of several, the widest."""
+    import torch
     from safetensors import SafetensorError, safe_open
 
+    floats = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
     dtypes = {}
     for file in folder.glob("*/*.safetensors"):
-        if "." in file.stem:  # a variant, which is not loaded
+        # Neither variants ("model.fp16.safetensors") nor other weights that lie there are loaded
+        if "." in file.stem or not file.name.startswith(("diffusion_pytorch_model", "model")):
             continue
         try:
             with safe_open(file, "pt") as weights:
                 names = weights.keys()
-                tensors = (weights.get_tensor(name) for name in names)
-                dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
-        except SafetensorError:  # loading tells what is wrong
+                found = {weights.get_slice(name).get_dtype() for name in names}
+        except (SafetensorError, OSError):  # loading tells what is wrong
             continue
-        if dtype is not None:
-            dtypes[file.parent.name] = dtype
+        for dtype in (floats[name] for name in found if name in floats):
+            dtypes[file.parent.name] = torch.promote_types(dtype, dtypes.get(file.parent.name, dtype))
     return dtypes
 
 
@@ -74,6 +76,7 @@ def load_pipeline(
     dtype: "torch.dtype | dict[str, torch.dtype] | None" = None,
 ) -> "InvSRPipeline":
     """Load what `--model` names. Where that fails, one sentence says what else there is, and the program ends."""
+    import torch
     from diffusers.utils.logging import disable_progress_bar
     from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
@@ -106,7 +109,8 @@ def load_pipeline(
             raise
         fail(str(FetchError(model, error.__cause__ or error)))
     try:
-        pipe.to(device)
+        if pipe.device != torch.device(device):  # where it is already, diffusers only warns of float16
+            pipe.to(device)
     except RuntimeError as error:
         fail(f"{model!r} cannot be moved to the device {str(device)!r}: {textwrap.shorten(str(error), 400)}")
     if pipe.device.type == "cpu":
