@@ -257,8 +257,12 @@ def main(args: list[str] | None = None):
             runners = [Runner(variant, model, weights, device) for variant in variants]
             results[str(workload)] = measure(workload, runners, arguments.repeats, arguments.warmup, device, progress)
     peaks = {variant.settings.dtype: matmul_peak(variant.settings.torch_dtype, device) for variant in variants}
-    command = {"model": arguments.model, "width": arguments.width, "repeats": arguments.repeats}
-    command["memory kept"] = memory_kept
+    command = {
+        "model": arguments.model,
+        "width": arguments.width,
+        "repeats": arguments.repeats,
+        "memory kept": memory_kept,
+    }
     print(save_report(results, peaks, {**environment(device), **command}, arguments.output))
 
 

@@ -109,19 +109,24 @@ def parse_args(argv: list[str]) -> tuple[Settings, DegradationSettings]:
     return settings, degradation
 
 
-def deepen(predictor: InvSRNoisePredictor, extra_layers: int) -> InvSRNoisePredictor:
-    """A predictor with more ResNet layers in its last level, which gives the same: the new ones add zero."""
+def deepen(
+    predictor: InvSRNoisePredictor, extra_layers: int, like: InvSRNoisePredictor | None = None
+) -> InvSRNoisePredictor:
+    """
+    A predictor with more ResNet layers in its last level, which gives the same: the new ones add zero. The rest of
+    their weights is that of `like`, as far as it has them, or else random.
+    """
     layers = predictor.config.layers_per_block
     *others, last = [layers] * len(predictor.config.block_out_channels) if isinstance(layers, int) else layers
     deeper = InvSRNoisePredictor.from_config(predictor.config, layers_per_block=[*others, last + extra_layers])
-    block = deeper.encoder.down_blocks[-1]
-    for resnet in block.resnets[last:]:
-        nn.init.zeros_(resnet.conv2.weight)
-        nn.init.zeros_(resnet.conv2.bias)
-    for attention in getattr(block, "attentions", [])[last:]:
-        nn.init.zeros_(attention.to_out[0].weight)
-        nn.init.zeros_(attention.to_out[0].bias)
-    deeper.load_state_dict(deeper.state_dict() | predictor.state_dict())
+    known, model = predictor.state_dict(), {} if like is None else like.state_dict()
+    for name, value in deeper.state_dict().items():
+        if name in known:
+            value.copy_(known[name])
+        elif ".conv2." in name or ".to_out.0." in name:  # what a layer adds comes from there
+            value.zero_()
+        elif name in model and model[name].shape == value.shape:
+            value.copy_(model[name])
     return deeper.to(predictor.device, predictor.dtype).eval()
 
 
@@ -197,6 +202,7 @@ def main(argv: list[str] | None = None):
     course["num_processes"] = accelerator.num_processes
     iteration, checkpoint = 0, checkpoints.find("latest") if settings.resume else None
     if checkpoint is not None:
+        # Checkpoints from before there was this setting do not tell it
         before = {"extra_layers": 0} | json.loads((checkpoint / COURSE).read_text(encoding="utf-8"))
         changed = [name for name in course if course[name] != before.get(name)]
         if changed:

@@ -72,6 +72,8 @@ def main():
     device, dtype = choose_device(arguments.device, arguments.dtype)
     pipe = load_pipeline(arguments.model, device, dtype)
     pipe.set_progress_bar_config(disable=True)
+    tile_size = pipe.config.tile_size
+    sampling = Sampling(color_fix="wavelet", tile_overlap=tile_size // 2 if tile_size else None)  # as published
     for name in found:
         folder = arguments.sets / name
         has_gt = (folder / "gt").is_dir()
@@ -83,7 +85,7 @@ def main():
                 pipe=pipe,
                 schedules=list(PUBLISHED[name]),
                 metrics=(*(REFERENCE_METRICS if has_gt else ()), *NO_REFERENCE_METRICS),
-                sampling=Sampling(color_fix="wavelet", tile_overlap=pipe.config.tile_size // 2),  # as published
+                sampling=sampling,
                 limit=arguments.limit,
                 progress=True,
             )
