@@ -12,7 +12,7 @@ that alone; `--variant NAME:key=value,key=value` adds combinations. All variants
 steps and number of images, turn by turn, so that what else the machine does hits all alike. `--baseline published`
 adds the published procedure: half-overlapping tiles of the first `--tile-size`, one by one, the text encoded at every
 tile, eager, NCHW, in the first `--dtype`. The reference of speed-ups and PSNR is that, or else `base`. Compiled
-pipelines do not fit tiles to the image; with `compile=full` among the variants, the others do not either.
+pipelines do not fit tiles to the image; with `compile=full` or `graphs` among the variants, the others do not either.
 
 Times are medians with the range of all repeats, after warm-up. Speed-ups are ratios of medians, with the range of the
 ratios of single turns. Operations are those of matrix products, convolutions and attention, a multiplication and an
@@ -102,6 +102,9 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
         "--warmup", type=positive, default=2, help="runs before them, the last for memory (default: %(default)s)"
     )
     parser.add_argument("--keep-memory", action="store_true", help="keep freed memory in the process (CPU with glibc)")
+    parser.add_argument(
+        "--cudnn-benchmark", action="store_true", help="have cuDNN choose its convolutions by measuring them (CUDA)"
+    )
     work = parser.add_argument_group("what is done; all combinations are measured")
     work.add_argument("--sizes", type=parse_size, nargs="+", default=[(128, 128)], help="WIDTHxHEIGHT in LR pixels")
     work.add_argument("--steps", type=positive, nargs="+", default=[1], help="diffusion steps (default: 1)")
@@ -136,6 +139,8 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
         parser.error(f"--device has to be cpu or cuda, but is {arguments.device}")
     if arguments.keep_memory and arguments.device.type != "cpu":
         parser.error(f"--keep-memory is for --device cpu, not for {arguments.device}")
+    if arguments.cudnn_benchmark and arguments.device.type != "cuda":
+        parser.error(f"--cudnn-benchmark is for --device cuda, not for {arguments.device}")
     options = {name: getattr(arguments, name) for name in FIELDS}
     try:
         arguments.variants = make_variants(options, arguments.variant, arguments.baseline == "published")
@@ -241,11 +246,12 @@ def main(args: list[str] | None = None):
     memory_kept = arguments.keep_memory and keep_freed_memory()
     if memory_kept != arguments.keep_memory:
         raise SystemExit("--keep-memory needs glibc, the C library of most Linux systems")
+    torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
     try:
         model = load_model(arguments.model, arguments.width, device)
     except (ValueError, OSError) as error:
         raise SystemExit(f"The model cannot be had: {describe(error)}") from error
-    if any(variant.settings.compile == "full" for variant in variants):
+    if any(variant.settings.compile in ("full", "graphs") for variant in variants):
         variants = [fix_tile_size(variant, model.config.tile_size) for variant in variants]
     workloads = [
         Workload(*size, steps, images)
@@ -262,6 +268,7 @@ def main(args: list[str] | None = None):
         "width": arguments.width,
         "repeats": arguments.repeats,
         "memory kept": memory_kept,
+        "convolutions measured by cuDNN": arguments.cudnn_benchmark,
     }
     print(save_report(results, peaks, {**environment(device), **command}, arguments.output))
 

@@ -26,8 +26,9 @@ class Settings:
     compile: str = field(
         default="no",
         metadata={
-            "choices": ("no", "full", "regional"),
-            "help": "`pipe.compile()`, or only the UNet's repeated blocks (`pipe.unet.compile_repeated_blocks()`)",
+            "choices": ("no", "full", "graphs", "regional"),
+            "help": "`pipe.compile()`, with `mode='reduce-overhead'` (CUDA graphs), or only the UNet's repeated blocks"
+            " (`pipe.unet.compile_repeated_blocks()`)",
         },
     )
     layout: str = field(
@@ -296,6 +297,8 @@ class Runner:
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         if self.settings.compile == "full":
             self.pipe.compile()
+        elif self.settings.compile == "graphs":
+            self.pipe.compile(mode="reduce-overhead")
         elif self.settings.compile == "regional":
             self.pipe.unet.compile_repeated_blocks()
 

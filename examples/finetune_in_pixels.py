@@ -20,11 +20,14 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from diffusers.optimization import get_cosine_schedule_with_warmup
@@ -34,6 +37,7 @@ from tqdm.auto import tqdm
 from train_invsr import (
     CLASSES,
     batch_generator,
+    degrade,
     descend,
     describe,
     draw_starts,
@@ -79,6 +83,7 @@ class Settings:
     seed: int = setting("Seed of every random choice.", 0)
     crop_size: int = setting("Side of the HR crops in pixels.", 128)
     batch_size: int = setting("Images a process takes at once.", 16)
+    also_degraded_by: str | None = setting("YAML file of another degradation, for every other batch.", None)
     num_workers: int = setting("Processes that read images, for each process that trains.", 1)
     max_iterations: int = setting("Iterations (updates of the weights).", 1_000)
     warmup_iterations: int = setting("Iterations in which the learning rate rises; then it falls by a cosine.", 50)
@@ -91,12 +96,12 @@ class Settings:
     checkpoint_every: int = setting("Iterations between checkpoints.", 100)
 
 
-def parse_args(argv: list[str]) -> tuple[Settings, DegradationSettings]:
-    """The settings, checked."""
+def parse_args(argv: list[str]) -> tuple[Settings, list[DegradationSettings]]:
+    """The settings, checked, and those of one degradation or two."""
     usage = "%(prog)s [SETTINGS.yaml] [--setting value ...]"
     description = __doc__.strip().splitlines()[0]
     parser = HfArgumentParser((Settings, DegradationSettings), usage=usage, description=description)
-    settings, degradation = parse_settings(parser, argv, ignored=CLASSES)
+    settings, *degradations = parse_settings(parser, argv, ignored=CLASSES)
     if settings.model is None:
         parser.error("--model has to name the pipeline to go on from.")
     if not settings.train_data:
@@ -106,7 +111,12 @@ def parse_args(argv: list[str]) -> tuple[Settings, DegradationSettings]:
     require_positive(
         parser, settings, "max_iterations", "batch_size", "log_every", "validate_every", "checkpoint_every"
     )
-    return settings, degradation
+    if settings.also_degraded_by is not None:
+        try:
+            degradations += HfArgumentParser(DegradationSettings).parse_yaml_file(settings.also_degraded_by)
+        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+            parser.error(f"--also_degraded_by {settings.also_degraded_by} cannot be used: {error}")
+    return settings, degradations
 
 
 def deepen(
@@ -128,6 +138,32 @@ def deepen(
         elif name in model and model[name].shape == value.shape:
             value.copy_(model[name])
     return deeper.to(predictor.device, predictor.dtype).eval()
+
+
+def prefetch(prepare: Callable[[int], tuple], numbers: range, device: torch.device) -> Iterator[tuple]:
+    """
+    `prepare(number)` for each number. On CUDA the next batch is prepared by a thread, on a stream of its own, while
+    the last is in use: degrading is many small steps that wait for one another.
+    """
+    if device.type != "cuda":
+        yield from map(prepare, numbers)
+        return
+    stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def prepare_aside(number: int) -> tuple:
+        with torch.cuda.stream(stream):
+            return prepare(number)
+
+    with ThreadPoolExecutor(1) as thread:
+        batches = (thread.submit(prepare_aside, number) for number in numbers)
+        following = next(batches, None)
+        while following is not None:
+            batch = following.result()
+            main.wait_stream(stream)
+            for tensor in batch:
+                tensor.record_stream(main)
+            following = next(batches, None)
+            yield batch
 
 
 class DecodedEstimate(nn.Module):
@@ -182,7 +218,7 @@ def main(argv: list[str] | None = None):
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_iterations, settings.max_iterations)
     model, optimizer = accelerator.prepare(model, optimizer)
-    ema = EMAModel(parameters, decay=settings.ema_decay)
+    ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
     accelerator.register_for_checkpointing(ema, schedule)
 
     # 2. Where it goes on
@@ -195,15 +231,18 @@ def main(argv: list[str] | None = None):
     # All but what does not change the weights has to stay
     course = {
         name: value
-        for name, value in (dataclasses.asdict(settings) | dataclasses.asdict(degradation_settings)).items()
-        if name not in ("output_dir", "resume", "validation_data", "validation_size", "num_workers")
-        and not name.endswith("_every")
+        for name, value in (dataclasses.asdict(settings) | dataclasses.asdict(degradation_settings[0])).items()
+        if name not in ("also_degraded_by", "output_dir", "resume", "validation_data", "validation_size")
+        and not name.endswith(("_every", "_workers"))
     }
     course["num_processes"] = accelerator.num_processes
+    course["also_degraded_by"] = [dataclasses.asdict(other) for other in degradation_settings[1:]]
     iteration, checkpoint = 0, checkpoints.find("latest") if settings.resume else None
     if checkpoint is not None:
         # Checkpoints from before there was this setting do not tell it
-        before = {"extra_layers": 0} | json.loads((checkpoint / COURSE).read_text(encoding="utf-8"))
+        before = {"extra_layers": 0, "also_degraded_by": []} | json.loads(
+            (checkpoint / COURSE).read_text(encoding="utf-8")
+        )
         changed = [name for name in course if course[name] != before.get(name)]
         if changed:
             raise SystemExit(f"{checkpoint} is of a run with other {' and '.join(changed)}: choose another folder.")
@@ -219,15 +258,26 @@ def main(argv: list[str] | None = None):
     log = RunLog(output / "log.jsonl", iteration or None) if accelerator.is_main_process else None
 
     # 3. Data
-    degradation = Degradation(degradation_settings, pipe.config.scale).to(accelerator.device)
+    degradations = [Degradation(each, pipe.config.scale).to(accelerator.device) for each in degradation_settings]
     dataset = make_dataset(settings.train_data, settings.crop_size, settings.seed)
     place = (accelerator.process_index, accelerator.num_processes)
-    batches = iter(make_loader(dataset, settings.batch_size, *place, iteration, settings.num_workers))
+    pinned = accelerator.device.type == "cuda"
+    batches = iter(make_loader(dataset, settings.batch_size, *place, iteration, settings.num_workers, pinned))
     validation, skip_report = None, SkipReport()
     if settings.validation_data is not None and accelerator.is_main_process:
         validation = ValidationSet(
             list_files(settings.validation_data), settings.validation_size, pipe.config.scale, settings.seed
         )
+
+    @torch.no_grad()
+    def prepare(number: int) -> tuple[torch.Tensor, ...]:
+        generator = batch_generator(settings.seed, number * place[1] + place[0])
+        batch = next(batches)
+        skip_report.add(batch["skipped"])
+        hr = batch["hr"].to(accelerator.device, non_blocking=True).float() / 255
+        lr = degrade(degradations[number % len(degradations)], hr, generator)
+        posterior = encode_posterior(pipe.vae, hr)
+        return hr, lr, *draw_starts(pipe, lr, posterior, START_TIMESTEPS, generator)
 
     def validate():
         if validation is not None:
@@ -243,15 +293,8 @@ def main(argv: list[str] | None = None):
         validate()
     bar = tqdm(total=settings.max_iterations, initial=iteration, disable=not accelerator.is_main_process)
     sums, counted = {}, 0
-    while iteration < settings.max_iterations:
-        generator = batch_generator(settings.seed, iteration * place[1] + place[0])
-        with torch.no_grad():
-            batch = next(batches)
-            skip_report.add(batch["skipped"])
-            hr = batch["hr"].to(accelerator.device).float() / 255
-            lr = degradation(hr, generator)
-            posterior = encode_posterior(pipe.vae, hr)
-            timesteps, noise, lr_latents, hr_latents = draw_starts(pipe, lr, posterior, START_TIMESTEPS, generator)
+    numbers = range(iteration, settings.max_iterations)
+    for hr, lr, timesteps, noise, lr_latents, hr_latents in prefetch(prepare, numbers, accelerator.device):
         clean = math.ceil(len(hr) / CLEAN_SHARE)
         estimates, reconstructions = model(lr, lr_latents, timesteps, noise, prompt_embeds, hr_latents[:clean])
         losses = {"mse": F.mse_loss(estimates, hr), "reconstruction": F.mse_loss(reconstructions, hr[:clean])}
@@ -282,7 +325,7 @@ def main(argv: list[str] | None = None):
     if accelerator.is_main_process:
         ema.copy_to(parameters)
         card = card_metadata(pipe)
-        card["training"] = describe((settings, degradation_settings), read_log(output / "log.jsonl"))
+        card["training"] = describe((settings, *degradation_settings[:1]), read_log(output / "log.jsonl"))
         card["training_data"] = f"High-resolution images: {', '.join(f'`{name}`' for name in settings.train_data)}."
         pipe.register_to_config(model_card=card)
         pipe.noise_predictor.register_to_config(model_card=card)

@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="Folder to write; it may not exist yet.")
     parser.add_argument("--count", type=int, default=1200, help="Number of procedural images.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the procedural images and of the tone curves.")
-    parser.add_argument("--processes", type=int, default=2, help="Processes that draw them.")
+    parser.add_argument("--processes", type=int, default=2, help="Processes that cut and draw them.")
     args = parser.parse_args(argv)
     if args.output.exists():
         parser.error(f"`--output {args.output}` exists already: images of two runs may not be mixed.")
@@ -55,8 +55,9 @@ def vary(piece: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (255 * (piece[..., channels] / 255.0) ** np.exp(rng.uniform(-0.4, 0.4))).round().astype(np.uint8)
 
 
-def cut_photograph(file: Path, folder: Path, seed: int) -> int:
+def cut_photograph(job: tuple[Path, Path, int]) -> int:
     """Save the pieces of a photograph in four orientations; returns their number."""
+    file, folder, seed = job
     photo = Image.open(file).convert("RGB")
     rng = np.random.default_rng((seed, crc32(file.name.encode())))
     pieces = 0
@@ -88,13 +89,14 @@ def main(argv: list[str] | None = None) -> None:
         root = Path(temporary, "new")
         for name in ("photographs", "procedural"):
             (root / name).mkdir(parents=True)
-        pieces = {file: cut_photograph(file, root / "photographs", args.seed) for file in args.files}
-        small = [file.name for file in args.files if not pieces[file]]
-        if small:
-            raise SystemExit(f"`--photos` have to be at least {SIDE} pixels high and wide, but {small[0]} is not.")
-        jobs = [(args.seed, number, root / "procedural") for number in range(args.count)]
+        photographs = [(file, root / "photographs", args.seed) for file in args.files]
+        procedural = [(args.seed, number, root / "procedural") for number in range(args.count)]
         with get_context("spawn").Pool(args.processes) as pool:
-            for _ in pool.imap_unordered(draw_procedural, jobs, chunksize=8):
+            pieces = dict(zip(args.files, pool.imap(cut_photograph, photographs)))
+            small = [file.name for file in args.files if not pieces[file]]
+            if small:
+                raise SystemExit(f"`--photos` have to be at least {SIDE} pixels high and wide, but {small[0]} is not.")
+            for _ in pool.imap_unordered(draw_procedural, procedural, chunksize=8):
                 pass
         root.rename(args.output)
     counts = f"{sum(pieces.values())} pieces of {len(pieces)} photographs and {args.count} procedural images"

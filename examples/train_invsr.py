@@ -248,6 +248,19 @@ def batch_generator(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0]))
 
 
+def noise_generator(generator: torch.Generator, device: torch.device) -> torch.Generator:
+    """A source for noise, of which there is much, on the device itself; on a CPU `generator`."""
+    if device.type == "cpu":
+        return generator
+    return torch.Generator(device).manual_seed(torch.randint(2**62, (), generator=generator).item())
+
+
+def degrade(degradation: Degradation, hr: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """LR images, with settings that `generator` draws and noise from the images' device."""
+    draw = degradation.draw(len(hr), generator)
+    return degradation.apply(hr, draw, noise_generator(generator, hr.device))
+
+
 def draw_starts(
     pipe: InvSRPipeline,
     lr: torch.Tensor,
@@ -260,7 +273,8 @@ def draw_starts(
     """
     # ξ₁ for the predictor, ξ₂ and ξ₃ for the posteriors of the LR and the HR image
     shape = (3, len(lr), pipe.vae.config.latent_channels, *posterior.shape[-2:])
-    noise = torch.randn(shape, generator=generator).to(lr.device)
+    source = noise_generator(generator, lr.device)
+    noise = torch.randn(shape, generator=source, device=source.device)
     starts = torch.randint(len(start_timesteps), (len(lr),), generator=generator)
     timesteps = (torch.tensor(start_timesteps)[starts] - 1).to(lr.device)
     lr_latents = pipe.encode_image(enlarge(lr, pipe.config.scale), noise[1])
@@ -558,7 +572,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
             with torch.no_grad():
                 hr = batch["hr"].to(accelerator.device, non_blocking=True).float() / 255
                 posterior = encode_posterior(pipe.vae, hr, cache, batch["keys"])
-                lr, posterior = pool.exchange(degradation(hr, generator), posterior, generator=generator)
+                lr, posterior = pool.exchange(degrade(degradation, hr, generator), posterior, generator=generator)
                 timesteps, noise, lr_latents, hr_latents = draw_starts(
                     pipe, lr, posterior, run.start_timesteps, generator
                 )

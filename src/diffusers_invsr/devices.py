@@ -1,12 +1,27 @@
-"""What suits a device."""
+"""What suits a device, and what a network computes in."""
 
 import ctypes
 import sys
+from weakref import WeakKeyDictionary
 
 import torch
+from diffusers import ModelMixin
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+_DTYPES = WeakKeyDictionary()
+
+
+def dtype_of(network: ModelMixin) -> torch.dtype:
+    """
+    `network.dtype`, but fast where it is asked for again and again: diffusers looks at all modules for casting by
+    layers, which takes a UNet milliseconds each time.
+    """
+    stored = next(network.parameters()).dtype  # changes with any conversion
+    known = _DTYPES.get(network)
+    if known is None or known[0] != stored:
+        known = _DTYPES[network] = (stored, network.dtype)
+    return known[1]
 
 
 def auto_dtype(device: torch.device | str) -> torch.dtype:

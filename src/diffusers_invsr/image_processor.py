@@ -190,7 +190,7 @@ class InvSRImageProcessor:
         height, width = result.shape[-2:]
         pixels = np.empty((height, width, 3), dtype=np.uint8)
         for start in range(0, height, ROWS_AT_ONCE):  # a float copy of the whole would double the memory
-            rows = (result[:, start : start + ROWS_AT_ONCE] * 255).round().byte()
+            rows = (result[:, start : start + ROWS_AT_ONCE] * 255).round_().byte()
             pixels[start : start + ROWS_AT_ONCE] = rows.permute(1, 2, 0).numpy()
         image = Image.fromarray(pixels)
         if item.grey:

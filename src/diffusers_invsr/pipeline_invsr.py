@@ -23,6 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .checks import is_auto, is_integer, is_real
 from .color_fix import COLOR_FIXES, apply_color_fix
+from .devices import dtype_of
 from .fallbacks import Float32Mixin, enlarge_within_memory, smaller_tiles_within_memory
 from .hub import HubMixin
 from .image_processor import InputImage, InvSRImageProcessor
@@ -289,7 +290,7 @@ class InvSRPipeline(
             `torch.Tensor`: Latents in float32. An autoencoder without a posterior, such as `AutoencoderTiny`, ignores
             the noise.
         """
-        encoded = self.vae.encode((2 * image - 1).to(self.vae.dtype))
+        encoded = self.vae.encode((2 * image - 1).to(dtype_of(self.vae)))
         if hasattr(encoded, "latent_dist"):
             latents = self._draw(encoded.latent_dist, noise)
         else:
@@ -311,7 +312,7 @@ class InvSRPipeline(
         Returns:
             `torch.Tensor`: Noisy latents at `timestep`, float32.
         """
-        noise_dist = self.noise_predictor((2 * lr - 1).to(self.noise_predictor.dtype), timestep).latent_dist
+        noise_dist = self.noise_predictor((2 * lr - 1).to(dtype_of(self.noise_predictor)), timestep).latent_dist
         noise_map = self._draw(noise_dist, noise[0])
         latents = self.encode_image(enlarged, noise[1])
         return self.scheduler.add_noise(latents, noise_map, timestep)
@@ -344,17 +345,17 @@ class InvSRPipeline(
         Returns:
             `torch.Tensor`: Clean latents, float32.
         """
-        indices = self.scheduler.timesteps
+        indices, dtype = self.scheduler.timesteps, dtype_of(self.unet)
         # A tensor, so that a compiled UNet is not compiled anew for each step
         device_indices = to_device(indices, latents.device)
         for i, index in enumerate(indices.tolist()):
             if self.interrupt:
                 continue
-            latents_input, embeds = latents.to(self.unet.dtype), prompt_embeds
+            latents_input, embeds = latents.to(dtype), prompt_embeds
             if self.do_classifier_free_guidance:
                 latents_input = torch.cat([latents_input] * 2)
                 embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-            embeds = embeds if embeds is None else embeds.to(self.unet.dtype)
+            embeds = embeds if embeds is None else embeds.to(dtype)
             model_output = self.unet(latents_input, device_indices[i], encoder_hidden_states=embeds).sample.float()
             if self.do_classifier_free_guidance:
                 unconditional, conditional = model_output.chunk(2)
@@ -386,7 +387,7 @@ class InvSRPipeline(
         Returns:
             `torch.Tensor`: Image `(batch, 3, height, width)` in float32; NaN where the VAE overflowed.
         """
-        image = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+        image = self.vae.decode((latents / self.vae.config.scaling_factor).to(dtype_of(self.vae))).sample.float()
         # Clamping would make infinite pixels look like black or white ones.
         return (image / 2 + 0.5).clamp(0, 1).masked_fill(image.isinf(), torch.nan)
 
@@ -645,7 +646,7 @@ class InvSRPipeline(
             return latents if output_type == "latent" else self.decode_image(latents)
 
         # 8. Do so for one batch of tiles after another, and blend them
-        upcast = ["vae"] if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast") else []
+        upcast = ["vae"] if dtype_of(self.vae) == torch.float16 and self.vae.config.get("force_upcast") else []
         enlarge_batch = partial(enlarge_within_memory, enlarge, pool=pool)
         blended = TileResults(redo=partial(self.redo_in_float32, enlarge_batch))
         with self.progress_bar(total=len(indices) * num_tiles) as progress_bar, self.in_float32(*upcast):

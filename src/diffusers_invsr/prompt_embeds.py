@@ -8,6 +8,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .checks import is_real
+from .devices import dtype_of
 
 
 # The fixed prompts of the published weights.
@@ -90,14 +91,14 @@ class FixedPromptMixin:
         device = device or self._execution_device
         if prompt_embeds is None:
             prompt_embeds = self._embed_fixed("prompt", device) if prompt is None else self._embed(prompt, device)
-        prompt_embeds = prompt_embeds.to(device=device, dtype=self.unet.dtype)
+        prompt_embeds = prompt_embeds.to(device=device, dtype=dtype_of(self.unet))
         if not do_classifier_free_guidance:
             return prompt_embeds, None
         if negative_prompt_embeds is None and negative_prompt is None:
             negative_prompt_embeds = self._embed_fixed("negative_prompt", device)
         elif negative_prompt_embeds is None:
             negative_prompt_embeds = self._embed(negative_prompt, device)
-        return prompt_embeds, negative_prompt_embeds.to(device=device, dtype=self.unet.dtype)
+        return prompt_embeds, negative_prompt_embeds.to(device=device, dtype=dtype_of(self.unet))
 
     def check_prompts(
         self,
@@ -166,7 +167,7 @@ class FixedPromptMixin:
         if source != self._fixed_prompt_source:
             self._fixed_prompt_source = source
             self._fixed_prompt_embeds.clear()
-        key = (text, str(device), self.unet.dtype)
+        key = (text, str(device), dtype_of(self.unet))
         if key not in self._fixed_prompt_embeds:
             self._fixed_prompt_embeds[key] = self._embed(text, device)
         return self._fixed_prompt_embeds[key]

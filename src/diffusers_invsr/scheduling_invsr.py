@@ -178,6 +178,8 @@ class InvSRScheduler(DDIMScheduler):
         )
         # `from_config` of another class would put its own defaults in place of ours (a clipped sample, other betas).
         self.register_to_config(_use_default_values=[])
+        # As numbers of Python: `add_noise` moves the tensor to a device, which would be waited for to read them off.
+        self._alphas = self.alphas_cumprod.tolist()
 
     def set_timesteps(
         self,
@@ -210,10 +212,9 @@ class InvSRScheduler(DDIMScheduler):
         else:
             steps = published_schedule(1 if num_inference_steps is None else num_inference_steps)
         self.num_inference_steps = len(steps)
-        self.timesteps = torch.tensor([step - 1 for step in steps], dtype=torch.int64, device=device)
-        # As numbers of Python: reading them off a device at every step would wait for it.
-        indices = self.timesteps.tolist()
-        alphas = self.alphas_cumprod[self.timesteps.to(self.alphas_cumprod.device)].tolist()
+        indices = [step - 1 for step in steps]
+        self.timesteps = torch.tensor(indices, dtype=torch.int64, device=device)
+        alphas = [self._alphas[index] for index in indices]
         self._alpha_prods = dict(zip(indices, zip(alphas, [*alphas[1:], self.final_alpha_cumprod.item()])))
 
     def step(

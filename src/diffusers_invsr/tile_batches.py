@@ -98,15 +98,17 @@ class TileResults:
 
     def put(self, tiles: list[Tile], results: torch.Tensor):
         """Start fetching `results` `(tiles, channels, height, width)`, and blend those that were put before."""
-        event = None
+        # A sum is finite if all is, and takes one pass
+        event, fetched = None, (results, results.sum(dim=(1, 2, 3)).isfinite())
         if results.device.type == "cuda":
-            host = torch.empty(results.shape, dtype=results.dtype, pin_memory=True)
-            host.copy_(results, non_blocking=True)
+            host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in fetched]
+            for target, tensor in zip(host, fetched):
+                target.copy_(tensor, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(results.device))
         else:
-            host = results.cpu()
-        before, self._on_the_way = self._on_the_way, (tiles, host, event)
+            host = [tensor.cpu() for tensor in fetched]
+        before, self._on_the_way = self._on_the_way, (tiles, *host, event)
         self._blend(before)
 
     def finish(self):
@@ -117,8 +119,8 @@ class TileResults:
     def _blend(self, fetched: tuple | None):
         if fetched is None:
             return
-        tiles, results, event = fetched
+        tiles, results, finite, event = fetched
         if event is not None:
             event.synchronize()
-        for tile, result in zip(tiles, results.split(1)):
-            tile.blend(result if result.isfinite().all() else self.redo(tile).cpu())
+        for tile, result, is_finite in zip(tiles, results.split(1), finite.tolist()):
+            tile.blend(result if is_finite else self.redo(tile).cpu())

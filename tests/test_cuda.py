@@ -1,0 +1,111 @@
+"""What only a CUDA device can show. Left out where there is none."""
+
+import pytest
+import torch
+from test_pipeline import generator, photo
+
+from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr.metrics import psnr
+
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+TILES = {"tile_size": 16, "tile_overlap": 4, "num_steps": 2, "eta": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def without_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def warnings(caplog):
+    """Texts of the warnings of fallbacks so far."""
+    return lambda: [record.getMessage() for record in caplog.records if "fallbacks" in record.name]
+
+
+@pytest.fixture
+def tiny() -> InvSRPipeline:
+    pipe = InvSRPipeline.from_pretrained(TINY, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_reference_pipeline_gives_what_it_gives_on_the_cpu(pipe):
+    expected = pipe(photo(40, 56), **TILES)
+    pipe.pipeline.to("cuda")
+    torch.testing.assert_close(pipe(photo(40, 56), **TILES), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype, at_least", [(torch.float32, 80), (torch.bfloat16, 40), (torch.float16, 55)])
+@pytest.mark.parametrize("tile_batch_size", [1, 3])
+def test_the_embedded_model_gives_what_it_gives_on_the_cpu(tiny, dtype, at_least, tile_batch_size):
+    """Two images of two sizes, whose tiles share batches."""
+    images = [photo(40, 56)[0], photo(72, 48)[0]]
+    options = {"tile_size": 32, "tile_batch_size": tile_batch_size, "output_type": "np"}
+    expected = tiny(images, **options, generator=generator()).images
+    tiny.to("cuda", dtype)
+    for result, reference in zip(tiny(images, **options, generator=generator()).images, expected, strict=True):
+        assert psnr(255 * result, 255 * reference) > at_least
+
+
+def test_no_tile_waits_for_the_device(tiny):
+    """Copies of tiles and results are not waited for one by one; only the blending is, by events."""
+    tiny.to("cuda")
+    expected = tiny(photo(72, 72), tile_size=32, output_type="pt", generator=generator()).images
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = tiny(photo(72, 72), tile_size=32, output_type="pt", generator=generator()).images
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+
+
+def test_memory_that_is_really_short_halves_the_batch(tiny, warnings):
+    tiny.to("cuda")
+    options = {"tile_size": 64, "tile_overlap": 8, "output_type": "pt"}
+    expected = tiny(photo(200, 200), **options, generator=generator()).images
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    try:  # of float32 activations at the HR size, a tile of 256x256 pixels takes 12 MB a layer
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 200 * 2**20) / total)
+        result = tiny(photo(200, 200), **options, tile_batch_size=16, generator=generator()).images
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert warnings()[0] == "16 tiles at once do not fit into memory: going on with 8."
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("force_upcast", [False, True])
+def test_a_vae_that_overflows_in_float16(pipe, warnings, force_upcast):
+    vae = pipe.pipeline.vae
+    vae.register_to_config(force_upcast=force_upcast)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(3e4)  # the norm after it takes the factor out again
+    expected = pipe(photo(), **TILES)
+    pipe.pipeline.to("cuda", torch.float16)
+    result = pipe(photo(), **TILES, tile_batch_size=2)
+    torch.testing.assert_close(result, expected, atol=0.05, rtol=0)
+    assert bool(warnings()) != force_upcast
+    assert pipe.pipeline.vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}])
+def test_compiled_networks_give_the_same_and_compile_once(tiny, options):
+    """With CUDA graphs too, whose outputs are overwritten by the next tile."""
+    tiny.to("cuda", torch.bfloat16)
+    images = [photo(40, 56)[0], photo(72, 48)[0]]
+    settings = {"tile_size": 32, "output_type": "np"}
+    expected = [tiny(image, **settings, generator=generator()).images for image in images]
+    tiny.compile(**options)
+    tiny(images[0], **settings)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for image, reference in zip(images, expected):
+            assert psnr(255 * tiny(image, **settings, generator=generator()).images, 255 * reference) > 40
+
+
+def test_degradation_draws_the_same_from_a_cpu_generator():
+    degradation = pytest.importorskip("diffusers_invsr.training").Degradation()
+    hr = torch.rand(4, 3, 96, 96, generator=generator())
+    expected = degradation(hr, generator())
+    result = degradation.to("cuda")(hr.cuda(), generator()).cpu()
+    assert (result - expected).abs().mean() < 1e-3  # some values are rounded to another level
