@@ -127,6 +127,16 @@ def test_the_published_procedure_is_the_reference(run):
     assert not rows["base"]["equal_to_reference"] and rows["base"]["psnr"] < 60
 
 
+def test_a_vae_that_needs_float32_is_measured_so(tmp_path):
+    options = {"device": "cpu", "width": 1 / 16, "sizes": "32x32", "tile-size": 32, "dtype": "float16"}
+    options |= {"repeats": 1, "warmup": 1}
+    arguments = [str(text) for name, value in options.items() for text in (f"--{name}", value)]
+    benchmark.main([*arguments, "--output", str(tmp_path / "results")])
+    (workload,) = json.loads((tmp_path / "results" / "benchmark.json").read_text())["workloads"]
+    (row,) = workload["variants"]
+    assert row["name"] == "base" and "VAE decoder" in json.dumps(row)
+
+
 def test_calls_and_operations(run):
     rows = {row["name"]: row for row in run["workloads"][0]["variants"]}
     assert {row["tiles"] for row in rows.values()} == {3}

@@ -100,6 +100,11 @@ def smaller_tiles_within_memory(call: Callable) -> Callable:
 class Float32Mixin:
     """A pipeline whose components run in float32 for a while."""
 
+    @property
+    def upcast(self) -> list[str]:
+        """Components that run in float32 from the start: a VAE that says of itself that it overflows in float16."""
+        return ["vae"] if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast") else []
+
     @contextmanager
     def in_float32(self, *names: str) -> Iterator[None]:
         """Runs the components `names` in float32; afterwards they have their own number types again."""

@@ -139,6 +139,15 @@ class InvSRPipeline(
             network.compile(**kwargs)
 
     @property
+    def _execution_device(self) -> torch.device:
+        # diffusers looks at every module for hooks of offloading, which takes milliseconds; but networks that are all
+        # on one accelerator run there.
+        devices = {next(network.parameters()).device for network in (self.noise_predictor, self.unet, self.vae)}
+        if len(devices) == 1 and not devices & {torch.device("cpu"), torch.device("meta")}:
+            return devices.pop()
+        return super()._execution_device
+
+    @property
     def is_compiled(self) -> bool:
         """Whether [`~InvSRPipeline.compile`] or `torch.compile(network)` made each shape of tiles a compilation."""
         networks = (self.noise_predictor, self.unet, self.vae.encoder, self.vae.decoder)
@@ -646,10 +655,9 @@ class InvSRPipeline(
             return latents if output_type == "latent" else self.decode_image(latents)
 
         # 8. Do so for one batch of tiles after another, and blend them
-        upcast = ["vae"] if dtype_of(self.vae) == torch.float16 and self.vae.config.get("force_upcast") else []
         enlarge_batch = partial(enlarge_within_memory, enlarge, pool=pool)
         blended = TileResults(redo=partial(self.redo_in_float32, enlarge_batch))
-        with self.progress_bar(total=len(indices) * num_tiles) as progress_bar, self.in_float32(*upcast):
+        with self.progress_bar(total=len(indices) * num_tiles) as progress_bar, self.in_float32(*self.upcast):
             for tiles in pool:
                 if self.interrupt:
                     break

@@ -296,7 +296,8 @@ class TileBlender:
     def __init__(self, grid: TileGrid, shape: tuple[int, int], pixels_per_lr: float, crop: bool = True):
         self.pixels_per_lr = pixels_per_lr
         self.axes = (grid.rows, grid.columns)
-        self.weights = [axis.weights(pixels_per_lr) for axis in self.axes]
+        # Along an axis of one tile they are 1
+        self.weights = [axis.weights(pixels_per_lr) if len(axis.starts) > 1 else None for axis in self.axes]
         self.fronts = [int(axis.front * pixels_per_lr) if crop else 0 for axis in self.axes]
         size = grid.target_size if crop else [int(axis.padded_length * pixels_per_lr) for axis in self.axes]
         self.sum = torch.zeros(*shape, *size)
@@ -305,9 +306,9 @@ class TileBlender:
         """Add the result `(batch, channels, height, width)` of the tile at a corner, of all `images` or some."""
         region, tile = self.sum[images], tile.to("cpu", torch.float32)
         for start, weights, front, dim in zip((top, left), self.weights, self.fronts, (-2, -1)):
-            weights = weights[start]
             offset = int(start * self.pixels_per_lr) - front
-            first, stop = max(-offset, 0), min(region.shape[dim] - offset, len(weights))
-            region = region.narrow(dim, offset + first, stop - first)
-            tile = tile.narrow(dim, first, stop - first) * weights[first:stop].reshape(-1, *[1] * (-1 - dim))
+            first, stop = max(-offset, 0), min(region.shape[dim] - offset, tile.shape[dim])
+            region, tile = region.narrow(dim, offset + first, stop - first), tile.narrow(dim, first, stop - first)
+            if weights is not None:
+                tile = tile * weights[start][first:stop].reshape(-1, *[1] * (-1 - dim))
         region += tile
