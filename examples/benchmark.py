@@ -2,7 +2,7 @@
 
     python examples/benchmark.py --output results --width 0.25
     python examples/benchmark.py --output results --device cuda --dtype bfloat16 --baseline published \
-        --sizes 128x128 512x512 --tile-batch-size 1 4 16 --compile no full \
+        --sizes 128x128 512x512 --tile-batch-size 1 4 16 --compile no full graphs \
         --variant fastest:compile=full,tile_batch_size=16,vae=tiny
 
 The model is of SD-Turbo's shapes with random weights (`--width` times its channels), or any saved pipeline.

@@ -21,6 +21,7 @@ import finetune_in_pixels  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 SETTINGS = [str(EXAMPLES / "configs" / "tiny_degradation.yaml"), "--train_data", str(FIXTURES / "photos")]
+SIMPLE = EXAMPLES / "configs" / "simple_degradation.yaml"
 OPTIONS = {
     "model": "tiny",
     "crop_size": 64,
@@ -46,7 +47,7 @@ def command(**options) -> list[str]:
 
 def test_the_decoder_and_the_predictor_learn_and_a_resumed_run_is_the_same(tmp_path):
     """The latter with the last checkpoint lost, as if the run had been killed at iteration 3."""
-    run = command(output_dir=tmp_path)
+    run = command(output_dir=tmp_path, also_degraded_by=SIMPLE)
     finetune_in_pixels.main(run)
     trained, log = weights(tmp_path / "pipeline"), read_log(tmp_path / "log.jsonl")
     changed = {name for name, value in weights(TINY).items() if not torch.equal(value, trained[name])}
@@ -62,10 +63,22 @@ def test_the_decoder_and_the_predictor_learn_and_a_resumed_run_is_the_same(tmp_p
         finetune_in_pixels.main([*run, "--resume", "--learning_rate", "1", "--batch_size", "3"])
     with pytest.raises(SystemExit, match="is of a run with other extra_layers"):
         finetune_in_pixels.main([*run, "--resume", "--extra_layers", "1"])
+    with pytest.raises(SystemExit, match="is of a run with other also_degraded_by"):
+        finetune_in_pixels.main([*command(output_dir=tmp_path), "--resume"])
     finetune_in_pixels.main([*run, "--resume"])
     assert read_log(tmp_path / "log.jsonl") == log
     for name, value in weights(tmp_path / "pipeline").items():
         assert torch.equal(value, trained[name]), name
+
+
+def test_two_degradations_take_turns(tmp_path):
+    """The first batch is the same without the second degradation, the second is not."""
+    losses = []
+    for name, options in (("one", {}), ("two", {"also_degraded_by": SIMPLE})):
+        finetune_in_pixels.main(command(output_dir=tmp_path / name, max_iterations=2, **options))
+        log = read_log(tmp_path / name / "log.jsonl")
+        losses.append([record["mse"] for record in log if "mse" in record])
+    assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
 
 
 def test_a_pipeline_of_sd_turbos_kind(tmp_path, capsys):
@@ -125,6 +138,8 @@ def test_a_deeper_predictor_is_saved_with_its_depth(tmp_path):
         (SETTINGS, "--model has to name the pipeline"),
         (command(extra_layers=-1), "--extra_layers has to be 0 or more, but is -1"),
         (command(batch_size=0), "--batch_size has to be at least 1, but is 0"),
+        (command(also_degraded_by="missing.yaml"), "--also_degraded_by missing.yaml cannot be used: "),
+        (command(also_degraded_by=SETTINGS[0]), "tiny_degradation.yaml cannot be used: "),
         ([*SETTINGS, "--speed", "9"], "there is no such setting: --speed 9"),
     ],
 )

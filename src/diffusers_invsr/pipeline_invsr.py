@@ -133,7 +133,7 @@ class InvSRPipeline(
         compiled once more. Where tiles were larger before, the noise that is drawn differs too, and so does the image.
 
         Args:
-            kwargs: Arguments of `torch.compile`, such as `mode="max-autotune"`.
+            kwargs: Arguments of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
         """
         for network in (self.noise_predictor, self.unet, self.vae.encoder, self.vae.decoder):
             network.compile(**kwargs)
