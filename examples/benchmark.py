@@ -146,6 +146,8 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
         arguments.variants = make_variants(options, arguments.variant, arguments.baseline == "published")
     except ValueError as error:
         parser.error(str(error))
+    if arguments.device.type != "cuda" and any(each.settings.compile == "graphs" for each in arguments.variants):
+        parser.error(f"compile=graphs is for --device cuda, not for {arguments.device}")
     return arguments
 
 

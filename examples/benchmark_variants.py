@@ -307,7 +307,8 @@ class Runner:
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(images))]
         settings, pipe = self.settings, self.pipe
         if self.variant.published:
-            results = enlarge_as_published(pipe, images, generators, num_steps, settings.tile_size)
+            with pipe.in_float32(*pipe.upcast):
+                results = enlarge_as_published(pipe, images, generators, num_steps, settings.tile_size)
             return np.stack([np.array(result) for result in results])
         options = {
             "num_steps": num_steps,

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from diffusers.optimization import get_cosine_schedule_with_warmup
@@ -112,10 +111,7 @@ def parse_args(argv: list[str]) -> tuple[Settings, list[DegradationSettings]]:
         parser, settings, "max_iterations", "batch_size", "log_every", "validate_every", "checkpoint_every"
     )
     if settings.also_degraded_by is not None:
-        try:
-            degradations += HfArgumentParser(DegradationSettings).parse_yaml_file(settings.also_degraded_by)
-        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-            parser.error(f"--also_degraded_by {settings.also_degraded_by} cannot be used: {error}")
+        degradations += parse_settings(HfArgumentParser(DegradationSettings, usage=usage), [settings.also_degraded_by])
     return settings, degradations
 
 
@@ -149,6 +145,7 @@ def prefetch(prepare: Callable[[int], tuple], numbers: range, device: torch.devi
         yield from map(prepare, numbers)
         return
     stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(main)  # for the weights
 
     def prepare_aside(number: int) -> tuple:
         with torch.cuda.stream(stream):
@@ -232,17 +229,17 @@ def main(argv: list[str] | None = None):
     course = {
         name: value
         for name, value in (dataclasses.asdict(settings) | dataclasses.asdict(degradation_settings[0])).items()
-        if name not in ("also_degraded_by", "output_dir", "resume", "validation_data", "validation_size")
-        and not name.endswith(("_every", "_workers"))
+        if name not in ("also_degraded_by", "output_dir", "resume", "num_workers")
+        and not name.startswith("validation_")
+        and not name.endswith("_every")
     }
-    course["num_processes"] = accelerator.num_processes
+    course |= {"num_processes": accelerator.num_processes, "device": accelerator.device.type}  # where noise is drawn
     course["also_degraded_by"] = [dataclasses.asdict(other) for other in degradation_settings[1:]]
     iteration, checkpoint = 0, checkpoints.find("latest") if settings.resume else None
     if checkpoint is not None:
-        # Checkpoints from before there was this setting do not tell it
-        before = {"extra_layers": 0, "also_degraded_by": []} | json.loads(
-            (checkpoint / COURSE).read_text(encoding="utf-8")
-        )
+        # Checkpoints from before there were these settings do not tell them
+        before = {"extra_layers": 0, "also_degraded_by": [], "device": "cpu"}
+        before |= json.loads((checkpoint / COURSE).read_text(encoding="utf-8"))
         changed = [name for name in course if course[name] != before.get(name)]
         if changed:
             raise SystemExit(f"{checkpoint} is of a run with other {' and '.join(changed)}: choose another folder.")
@@ -325,7 +322,9 @@ def main(argv: list[str] | None = None):
     if accelerator.is_main_process:
         ema.copy_to(parameters)
         card = card_metadata(pipe)
-        card["training"] = describe((settings, *degradation_settings[:1]), read_log(output / "log.jsonl"))
+        card["training"] = describe((settings, degradation_settings[0]), read_log(output / "log.jsonl"))
+        for other in degradation_settings[1:]:
+            card["training"] += f"\n\nEvery other batch was degraded by:\n\n{describe((other,), [])}"
         card["training_data"] = f"High-resolution images: {', '.join(f'`{name}`' for name in settings.train_data)}."
         pipe.register_to_config(model_card=card)
         pipe.noise_predictor.register_to_config(model_card=card)

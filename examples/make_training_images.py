@@ -46,6 +46,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.files = sorted({file for pattern in args.patterns for file in args.photos.glob(pattern)})
     if not args.files:
         parser.error(f"`--photos {args.photos}` has no file {' or '.join(args.patterns)}.")
+    stems = [file.stem for file in args.files]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None:
+        parser.error(f"`--photos {args.photos}` has two files of the name {twice}: their pieces would have one name.")
     return args
 
 

@@ -17,6 +17,7 @@ from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +76,9 @@ def fresh_accelerator():
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     PartialState._reset_state()
+
+
+@pytest.fixture
+def warnings(caplog):
+    """Texts of the warnings so far."""
+    return lambda: [record.getMessage() for record in caplog.records if "fallbacks" in record.name]

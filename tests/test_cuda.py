@@ -1,26 +1,23 @@
 """What only a CUDA device can show. Left out where there is none."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import needs_cuda
 from test_pipeline import generator, photo
 
 from diffusers_invsr import TINY, InvSRPipeline
 from diffusers_invsr.metrics import psnr
 
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = needs_cuda
 TILES = {"tile_size": 16, "tile_overlap": 4, "num_steps": 2, "eta": 1.0}
 
 
 @pytest.fixture(autouse=True)
 def without_tf32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
-@pytest.fixture
-def warnings(caplog):
-    """Texts of the warnings of fallbacks so far."""
-    return lambda: [record.getMessage() for record in caplog.records if "fallbacks" in record.name]
 
 
 @pytest.fixture
@@ -48,8 +45,8 @@ def test_the_embedded_model_gives_what_it_gives_on_the_cpu(tiny, dtype, at_least
         assert psnr(255 * result, 255 * reference) > at_least
 
 
-def test_no_tile_waits_for_the_device(tiny):
-    """Copies of tiles and results are not waited for one by one; only the blending is, by events."""
+def test_nothing_waits_for_the_device_by_the_way(tiny):
+    """Neither copies nor numbers that are read off it; only the blending does, by events."""
     tiny.to("cuda")
     expected = tiny(photo(72, 72), tile_size=32, output_type="pt", generator=generator()).images
     torch.cuda.set_sync_debug_mode("error")
@@ -75,20 +72,6 @@ def test_memory_that_is_really_short_halves_the_batch(tiny, warnings):
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("force_upcast", [False, True])
-def test_a_vae_that_overflows_in_float16(pipe, warnings, force_upcast):
-    vae = pipe.pipeline.vae
-    vae.register_to_config(force_upcast=force_upcast)
-    with torch.no_grad():
-        vae.decoder.conv_in.weight.mul_(3e4)  # the norm after it takes the factor out again
-    expected = pipe(photo(), **TILES)
-    pipe.pipeline.to("cuda", torch.float16)
-    result = pipe(photo(), **TILES, tile_batch_size=2)
-    torch.testing.assert_close(result, expected, atol=0.05, rtol=0)
-    assert bool(warnings()) != force_upcast
-    assert pipe.pipeline.vae.dtype == torch.float16
-
-
 @pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}])
 def test_compiled_networks_give_the_same_and_compile_once(tiny, options):
     """With CUDA graphs too, whose outputs are overwritten by the next tile."""
@@ -109,3 +92,33 @@ def test_degradation_draws_the_same_from_a_cpu_generator():
     expected = degradation(hr, generator())
     result = degradation.to("cuda")(hr.cuda(), generator()).cpu()
     assert (result - expected).abs().mean() < 1e-3  # some values are rounded to another level
+
+
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_networks_that_wait_on_the_cpu_run_on_the_device(tiny, offload):
+    expected = tiny(photo(40, 56), output_type="pt", generator=generator()).images
+    getattr(tiny, offload)()
+    assert tiny._execution_device.type == "cuda"
+    result = tiny(photo(40, 56), output_type="pt", generator=generator()).images
+    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+
+
+def test_batches_that_are_prepared_aside_are_the_same(monkeypatch):
+    """While the device is busy with the one before."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    prefetch = pytest.importorskip("finetune_in_pixels").prefetch
+    weight, device = torch.randn(1024, 1024, device="cuda"), torch.device("cuda")
+
+    def prepare(number: int) -> tuple[torch.Tensor, ...]:
+        batch = torch.full((1024, 1024), float(number), device="cuda")
+        return batch, (batch @ weight).sum(dim=1)
+
+    expected = [tuple(tensor.cpu() for tensor in prepare(number)) for number in range(4)]
+    results = []
+    for batch in prefetch(prepare, range(4), device):
+        for _ in range(50):
+            weight @ weight
+        results.append(tuple(tensor.clone() for tensor in batch))
+    for result, reference in zip(results, expected, strict=True):
+        for tensor, other in zip(result, reference):
+            assert torch.equal(tensor.cpu(), other)

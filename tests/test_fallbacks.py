@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import needs_cuda
 from test_pipeline import generator, photo
 
 from diffusers_invsr.fallbacks import enlarge_within_memory, is_out_of_memory
@@ -15,12 +16,6 @@ TILES = {"tile_size": 16, "tile_overlap": 4, "num_steps": 2, "eta": 1.0}
 def no_grad():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def warnings(caplog):
-    """Texts of the warnings so far."""
-    return lambda: [record.getMessage() for record in caplog.records if "fallbacks" in record.name]
 
 
 def limit_memory(module: torch.nn.Module, images: int, latents: int) -> list[tuple[int, int]]:
@@ -126,15 +121,16 @@ def test_other_errors_pass(pipe):
         pipe(photo(), **TILES, tile_batch_size=4)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 @pytest.mark.parametrize("force_upcast", [False, True])
-def test_a_vae_that_overflows_in_float16(pipe, warnings, force_upcast):
+def test_a_vae_that_overflows_in_float16(pipe, warnings, force_upcast, device):
     vae = pipe.pipeline.vae
     vae.register_to_config(force_upcast=force_upcast)
     vae.decoder.conv_in.weight.mul_(3e4)  # the norm after it takes the factor out again
     expected = pipe(photo(), **TILES)
-    pipe.pipeline.to(dtype=torch.float16)
-    with torch.autocast("cpu", enabled=False):
-        latents = torch.randn(1, 4, 8, 8, generator=generator())
+    pipe.pipeline.to(device, torch.float16)
+    with torch.autocast(device, enabled=False):
+        latents = torch.randn(1, 4, 8, 8, generator=generator()).to(device)
         assert not pipe.pipeline.decode_image(latents).isfinite().all()
     result = pipe(photo(), **TILES)
     torch.testing.assert_close(result, expected, atol=0.05, rtol=0)

@@ -17,10 +17,12 @@ def dtype_of(network: ModelMixin) -> torch.dtype:
     `network.dtype`, but fast where it is asked for again and again: diffusers looks at all modules for casting by
     layers, which takes a UNet milliseconds each time.
     """
-    stored = next(network.parameters()).dtype  # changes with any conversion
+    first = next(module for module in network.modules() if module._parameters)
+    # What changes with a conversion, and with casting by layers
+    sign = (next(iter(first._parameters.values())).dtype, hasattr(first, "_diffusers_hook"))
     known = _DTYPES.get(network)
-    if known is None or known[0] != stored:
-        known = _DTYPES[network] = (stored, network.dtype)
+    if known is None or known[0] != sign:
+        known = _DTYPES[network] = (sign, network.dtype)
     return known[1]
 
 

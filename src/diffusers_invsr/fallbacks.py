@@ -10,6 +10,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from diffusers.utils import logging
 
 from .checks import OUT_OF_MEMORY, is_auto
+from .devices import dtype_of
 from .tile_batches import Tile, TilePool
 
 
@@ -103,7 +104,7 @@ class Float32Mixin:
     @property
     def upcast(self) -> list[str]:
         """Components that run in float32 from the start: a VAE that says of itself that it overflows in float16."""
-        return ["vae"] if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast") else []
+        return ["vae"] if dtype_of(self.vae) == torch.float16 and self.vae.config.get("force_upcast") else []
 
     @contextmanager
     def in_float32(self, *names: str) -> Iterator[None]:

@@ -142,8 +142,9 @@ class InvSRPipeline(
     def _execution_device(self) -> torch.device:
         # diffusers looks at every module for hooks of offloading, which takes milliseconds; but networks that are all
         # on one accelerator run there.
-        devices = {next(network.parameters()).device for network in (self.noise_predictor, self.unet, self.vae)}
-        if len(devices) == 1 and not devices & {torch.device("cpu"), torch.device("meta")}:
+        networks = [network for network in (self.noise_predictor, self.unet, self.vae) if network is not None]
+        devices = {next(network.parameters()).device for network in networks}
+        if len(devices) == 1 and all(device.type not in ("cpu", "meta") for device in devices):
             return devices.pop()
         return super()._execution_device
 

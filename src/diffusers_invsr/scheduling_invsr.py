@@ -178,7 +178,7 @@ class InvSRScheduler(DDIMScheduler):
         )
         # `from_config` of another class would put its own defaults in place of ours (a clipped sample, other betas).
         self.register_to_config(_use_default_values=[])
-        # As numbers of Python: `add_noise` moves the tensor to a device, which would be waited for to read them off.
+        # Fixed from here on: `add_noise` moves the tensor to a device, which would be waited for to read them off
         self._alphas = self.alphas_cumprod.tolist()
 
     def set_timesteps(

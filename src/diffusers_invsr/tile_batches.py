@@ -98,8 +98,9 @@ class TileResults:
 
     def put(self, tiles: list[Tile], results: torch.Tensor):
         """Start fetching `results` `(tiles, channels, height, width)`, and blend those that were put before."""
-        # A sum is finite if all is, and takes one pass
-        event, fetched = None, (results, results.sum(dim=(1, 2, 3)).isfinite())
+        # NaN and infinity survive in a sum, which takes one pass
+        finite = results.sum(dim=(1, 2, 3), dtype=torch.float32).isfinite()
+        event, fetched = None, (results, finite)
         if results.device.type == "cuda":
             host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in fetched]
             for target, tensor in zip(host, fetched):

@@ -4,6 +4,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from ..devices import dtype_of
 from .latent_cache import LatentCache
 
 
@@ -30,7 +31,7 @@ def encode_posterior(
     kept = [None] * len(image) if cache is None else cache.get(keys)
     missing = [i for i, posterior in enumerate(kept) if posterior is None]
     if missing:
-        encoded = vae.encode((2 * image[missing] - 1).to(vae.dtype))
+        encoded = vae.encode((2 * image[missing] - 1).to(dtype_of(vae)))
         new = encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latents
         if cache is not None:
             cache.put([keys[i] for i in missing], new)

@@ -10,6 +10,7 @@ latent LPIPS is [`LatentLPIPS`].
 import torch
 from torch import nn
 
+from ..devices import dtype_of
 from ..noise_predictor import InvSRNoisePredictor
 from ..scheduling_invsr import InvSRScheduler
 
@@ -60,7 +61,7 @@ def one_step_estimate(
     latents = alphas.sqrt() * lr_latents + (1 - alphas).sqrt() * noise_map
     if prompt_embeds is not None:
         prompt_embeds = prompt_embeds.expand(len(lr), -1, -1)
-    epsilon = unet(latents.to(unet.dtype), timesteps, encoder_hidden_states=prompt_embeds).sample.float()
+    epsilon = unet(latents.to(dtype_of(unet)), timesteps, encoder_hidden_states=prompt_embeds).sample.float()
     return (latents - (1 - alphas).sqrt() * epsilon) / alphas.sqrt()
 
 
