@@ -322,7 +322,7 @@ def test_training_learns_what_the_judges_care_about(scripts, tmp_path):
     rng = np.random.default_rng(0)
     photo = np.asarray(Image.open(FIXTURES / "photos" / "kodim20_hr.png").convert("RGB"))
     make_triplets, _ = scripts
-    for split, count in (("train", 64), ("val", 32)):
+    for split, count in (("train", 192), ("val", 96)):
         folder = tmp_path / "triplets" / split / "made"
         for part in ("ref", "p0", "p1", "judge"):
             (folder / part).mkdir(parents=True)
