@@ -200,7 +200,7 @@ def prepare(runner: Runner, run: Callable, warmup: int, device: torch.device) ->
         for entry in calls.values():
             entry.items = entry.count = 0
         first_run, growth, output = rehearse(run, device)
-    with pipe.in_float32(*pipe.upcast):  # as it ran
+    with pipe.upcast():  # as it ran
         parts = {
             name: MeasuredPart(calls[name], count_flops(part, calls[name]))
             for name, part in parts_of(pipe).items()
@@ -236,7 +236,7 @@ def measure(
         progress.set_description(f"{workload}: turn {turn + 1} of {repeats}")
         for runner, run, measured in zip(runners, runs, results):
             measured.times.append(timed(run, device))
-            with runner.pipe.in_float32(*runner.pipe.upcast):
+            with runner.pipe.upcast():
                 for name, part in measured.parts.items():
                     module = parts_of(runner.pipe)[name]
                     part.times.append(timed(partial(module, *part.calls.args, **part.calls.kwargs), device))

@@ -307,7 +307,7 @@ class Runner:
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(images))]
         settings, pipe = self.settings, self.pipe
         if self.variant.published:
-            with pipe.in_float32(*pipe.upcast):
+            with pipe.upcast():
                 results = enlarge_as_published(pipe, images, generators, num_steps, settings.tile_size)
             return np.stack([np.array(result) for result in results])
         options = {

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import needs_cuda
+from test_fallbacks import TILES
 from test_pipeline import generator, photo
 
 from diffusers_invsr import TINY, InvSRPipeline
@@ -12,7 +13,6 @@ from diffusers_invsr.metrics import psnr
 
 
 pytestmark = needs_cuda
-TILES = {"tile_size": 16, "tile_overlap": 4, "num_steps": 2, "eta": 1.0}
 
 
 @pytest.fixture(autouse=True)

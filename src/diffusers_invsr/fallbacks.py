@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 
 import torch
@@ -101,10 +101,10 @@ def smaller_tiles_within_memory(call: Callable) -> Callable:
 class Float32Mixin:
     """A pipeline whose components run in float32 for a while."""
 
-    @property
-    def upcast(self) -> list[str]:
-        """Components that run in float32 from the start: a VAE that says of itself that it overflows in float16."""
-        return ["vae"] if dtype_of(self.vae) == torch.float16 and self.vae.config.get("force_upcast") else []
+    def upcast(self) -> AbstractContextManager[None]:
+        """Runs in float32 what does so from the start: a VAE that says of itself that it overflows in float16."""
+        overflows = dtype_of(self.vae) == torch.float16 and self.vae.config.get("force_upcast")
+        return self.in_float32("vae") if overflows else self.in_float32()
 
     @contextmanager
     def in_float32(self, *names: str) -> Iterator[None]:

@@ -658,7 +658,7 @@ class InvSRPipeline(
         # 8. Do so for one batch of tiles after another, and blend them
         enlarge_batch = partial(enlarge_within_memory, enlarge, pool=pool)
         blended = TileResults(redo=partial(self.redo_in_float32, enlarge_batch))
-        with self.progress_bar(total=len(indices) * num_tiles) as progress_bar, self.in_float32(*self.upcast):
+        with self.progress_bar(total=len(indices) * num_tiles) as progress_bar, self.upcast():
             for tiles in pool:
                 if self.interrupt:
                     break
