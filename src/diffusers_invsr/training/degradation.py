@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from kornia.color import rgb_to_grayscale
-from kornia.enhance import jpeg_codec_differentiable
 from kornia.filters import filter2d
 from torch import nn
 from torch.nn.functional import interpolate
 
 from ..checks import is_integer, is_real
 from .blur_kernels import GAUSSIAN_KINDS, BlurKernels, PerImage, chance, choice, draw_blur, draw_sinc, uniform
+from .jpeg import jpeg_codec
 
 
 RESIZE_DIRECTIONS = ("up", "down", "keep")
@@ -425,7 +425,7 @@ def jpeg(images: torch.Tensor, quality: torch.Tensor, mask: torch.Tensor | None 
     if len(index) == 0:
         return images
     quality, index = quality[index].to(images.dtype).to(images.device), index.to(images.device)
-    return images.index_copy(0, index, jpeg_codec_differentiable(images[index].clamp(0, 1), quality))
+    return images.index_copy(0, index, jpeg_codec(images[index].clamp(0, 1), quality))
 
 
 def _fork(generator: torch.Generator | None, count: int) -> list[torch.Generator | None]:

@@ -1,0 +1,76 @@
+"""JPEG as a decoder shows it, for batches of images on any device, each with a quality of its own."""
+
+import torch
+from torch.nn.functional import avg_pool2d, interpolate, pad
+
+
+# Quantisation tables of quality 50 (ITU-T T.81, annex K.1)
+LUMA_TABLE = (
+    (16, 11, 10, 16, 24, 40, 51, 61),
+    (12, 12, 14, 19, 26, 58, 60, 55),
+    (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77),
+    (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101),
+    (72, 92, 95, 98, 112, 100, 103, 99),
+)
+CHROMA_TABLE = (
+    (17, 18, 24, 47, 99, 99, 99, 99),
+    (18, 21, 26, 66, 99, 99, 99, 99),
+    (24, 26, 56, 99, 99, 99, 99, 99),
+    (47, 66, 99, 99, 99, 99, 99, 99),
+    (99, 99, 99, 99, 99, 99, 99, 99),
+    (99, 99, 99, 99, 99, 99, 99, 99),
+    (99, 99, 99, 99, 99, 99, 99, 99),
+    (99, 99, 99, 99, 99, 99, 99, 99),
+)
+# Of JFIF; the colours around 0
+RGB_TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+YCC_TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
+
+
+def jpeg_codec(images: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
+    r"""
+    Compress and decompress, with the colours at half the resolution. Other than libjpeg, it takes and gives pixels
+    that are not rounded to 8 bits. It rounds as JPEG does, so it is not differentiable (as is
+    `kornia.enhance.jpeg_codec_differentiable`, which keeps a part of what quantisation takes away).
+
+    Args:
+        images (`torch.Tensor`): RGB images `(B, 3, H, W)` in [0, 1], float32 or float64.
+        quality (`torch.Tensor`): Quality of each in [1, 100], `(B,)`.
+
+    Returns:
+        `torch.Tensor`: Images like the given ones.
+    """
+    constants = {"dtype": images.dtype, "device": images.device}
+    height, width = images.shape[-2:]
+    pixels = 255 * pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
+    ycc = torch.einsum("cd,bdhw->bchw", torch.tensor(RGB_TO_YCC, **constants), pixels)
+
+    # Of quality 50's steps, an integer as in libjpeg
+    percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality).floor().to(**constants)[:, None]
+    luma_steps, chroma_steps = (
+        (percent * torch.tensor(table, **constants).flatten() / 100).add(0.5).floor().clamp(1, 255)
+        for table in (LUMA_TABLE, CHROMA_TABLE)
+    )
+    luma = quantize(ycc[:, :1] - 128, luma_steps) + 128
+    chroma = interpolate(quantize(avg_pool2d(ycc[:, 1:], 2), chroma_steps), scale_factor=2, mode="bilinear")
+
+    pixels = torch.einsum("cd,bdhw->bchw", torch.tensor(YCC_TO_RGB, **constants), torch.cat([luma, chroma], dim=1))
+    return (pixels[..., :height, :width] / 255).clamp(0, 1)
+
+
+def quantize(channels: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Channels `(B, C, H, W)`, the cosine transform of each 8x8 block rounded to multiples of `steps` `(B, 64)`."""
+    index = torch.arange(8, dtype=torch.float64)
+    transform = torch.cos((index + 0.5) * index[:, None] * torch.pi / 8) / 2
+    transform[0] /= 2**0.5  # orthonormal
+    transform = torch.kron(transform, transform).to(channels)
+    blocks = channels.unfold(2, 8, 8).unfold(3, 8, 8).flatten(-2)  # (B, C, H / 8, W / 8, 64)
+    steps = steps[:, None, None, None]
+    # Halves, which flat areas can have, go away from zero as in libjpeg, by a bias that is more than float64's errors:
+    # other than those it is the same on all machines
+    multiples = blocks @ transform.T / steps
+    coefficients = (multiples.abs() + 0.5 + 1e-6).floor() * multiples.sign() * steps
+    return (coefficients @ transform).unflatten(-1, (8, 8)).transpose(3, 4).reshape(channels.shape)
