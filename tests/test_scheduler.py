@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
@@ -169,5 +171,14 @@ def test_from_euler_and_back(tmp_path):
     scheduler.save_pretrained(tmp_path / "invsr")
     back = EulerDiscreteScheduler.from_pretrained(tmp_path / "invsr")
     assert all(back.config[key] == value for key, value in euler.config.items() if not key.startswith("_"))
-    # Every value that the configuration shows is in force.
+    # Whatever another scheduler has left in the file, the last step is to the clean sample: SD-Turbo's has this
+    leftover = json.loads((tmp_path / "euler" / "scheduler_config.json").read_text()) | {"set_alpha_to_one": False}
+    (tmp_path / "euler" / "scheduler_config.json").write_text(json.dumps(leftover))
+    loaded = InvSRScheduler.from_pretrained(tmp_path / "euler")
+    for scheduler in (loaded, InvSRScheduler.from_config(loaded.config)):
+        assert scheduler.config.set_alpha_to_one is False
+        scheduler.set_timesteps(2)
+        output = scheduler.step(torch.randn(1, 4, 8, 8), 99, torch.randn(1, 4, 8, 8))
+        assert torch.equal(output.prev_sample, output.pred_original_sample)
+    # Every other value that the configuration shows is in force.
     assert InvSRScheduler.from_config(InvSRScheduler(clip_sample=True).config).config.clip_sample

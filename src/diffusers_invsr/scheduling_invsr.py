@@ -67,7 +67,7 @@ def starting_schedule(num_steps: int, start_timestep: int) -> list[int]:
     Raises:
         ValueError: If the start is not one of the four, or if there are not `num_steps` integers to choose from.
     """
-    if start_timestep not in START_TIMESTEPS:
+    if not is_integer(start_timestep) or start_timestep not in START_TIMESTEPS:
         raise ValueError(f"`start_timestep` has to be one of {START_TIMESTEPS}, but is {start_timestep!r}.")
     published = published_schedule(num_steps)
     if published[0] == start_timestep:
@@ -129,7 +129,9 @@ class InvSRScheduler(DDIMScheduler):
         beta_schedule (`str`, defaults to `"scaled_linear"`): `"linear"`, `"scaled_linear"` or `"squaredcos_cap_v2"`.
         trained_betas (`list[float]`, *optional*): The betas themselves, instead of the three above.
         clip_sample (`bool`, defaults to `False`): Whether to clip the predicted clean sample.
-        set_alpha_to_one (`bool`, defaults to `True`): Whether the last step goes to an alpha product of 1.
+        set_alpha_to_one (`bool`, defaults to `True`):
+            Kept for exchange; without effect here, where the last step goes to an alpha product of 1 (SD-Turbo's file
+            has `False`, left from another scheduler).
         steps_offset (`int`, defaults to 1): Kept for exchange with other schedulers; without effect here.
         prediction_type (`str`, defaults to `"epsilon"`): `"epsilon"`, `"sample"` or `"v_prediction"`.
         thresholding (`bool`, defaults to `False`): Whether to use dynamic thresholding.
@@ -178,6 +180,7 @@ class InvSRScheduler(DDIMScheduler):
         )
         # `from_config` of another class would put its own defaults in place of ours (a clipped sample, other betas).
         self.register_to_config(_use_default_values=[])
+        self.final_alpha_cumprod = torch.tensor(1.0)
         # Fixed from here on: `add_noise` moves the tensor to a device, which would be waited for to read them off
         self._alphas = self.alphas_cumprod.tolist()
 
@@ -215,7 +218,7 @@ class InvSRScheduler(DDIMScheduler):
         indices = [step - 1 for step in steps]
         self.timesteps = torch.tensor(indices, dtype=torch.int64, device=device)
         alphas = [self._alphas[index] for index in indices]
-        self._alpha_prods = dict(zip(indices, zip(alphas, [*alphas[1:], self.final_alpha_cumprod.item()])))
+        self._alpha_prods = dict(zip(indices, zip(alphas, [*alphas[1:], 1.0])))
 
     def step(
         self,
