@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,27 @@ def test_output_file(folder, model, name):
     save("a.png")
     run("upscale", "a.png", "-o", name, "--model", model, "--scale", 2.5, "--steps", 2, "--color-fix", "ycbcr")
     assert Image.open(name).size == (30, 25)
+
+
+def test_an_output_file_says_its_format(folder, model):
+    save("a.png")
+    for name, image_format in (("b.jpeg", "jpg"), ("c.PNG", "png")):
+        run("upscale", "a.png", "-o", name, "--format", image_format, "--model", model)
+    assert names_in(".") == ["a.png", "b.jpeg", "c.PNG"]
+
+
+@pytest.mark.parametrize("inputs", ["photos", "photos/**/*"])
+def test_results_beside_their_images_are_no_inputs_of_the_next_run(folder, model, inputs):
+    save("photos/a.png", "photos/a.jpg", "photos/below/b.bmp", "photos/c_x4.png")
+    options = ("upscale", inputs, "-o", "photos", "--suffix", "_x4", "--format", "png", "--model", model)
+    assert "4 enlarged" in run(*options)
+    files = names_in("photos")
+    assert len(files) == 8 and {"a_x4.png", "a_x4_2.png", "below/b_x4.png", "c_x4_x4.png"} <= set(files)
+    assert "0 enlarged, 4 skipped, 0 failed" in run(*options)
+    assert names_in("photos") == files
+    # By its name, a result is an image like any other
+    run("upscale", "photos/a_x4.png", "-o", "photos", "--suffix", "_x4", "--model", model)
+    assert Image.open("photos/a_x4_x4.png").size == (192, 160)
 
 
 def test_existing_results(folder, model):
@@ -360,10 +382,20 @@ def test_info(model):
     assert values["licence"] == "not stated"
 
 
-def test_info_names_the_licence_of_the_card(folder, model):
-    shutil.copytree(model, "model")
-    Path("model/README.md").write_text("---\nlicense: cc0-1.0\n---\n# A model\n")
-    assert "cc0-1.0" in run("info", "model")
+@pytest.mark.parametrize(
+    "card, licence",
+    [
+        ("---\nlicense: cc0-1.0\n---\n# A model\n", "cc0-1.0"),
+        ("# A model\n", "mit"),
+        ("---\nlicense: [\n---\n# A model\n", "mit"),
+    ],
+)
+def test_info_names_the_licence_of_the_card(folder, model, card, licence):
+    pipe = InvSRPipeline.from_pretrained(model)
+    pipe.register_to_config(model_card={"license": "mit"})
+    pipe.save_pretrained("model")
+    Path("model/README.md").write_text(card)
+    assert licence in run("info", "model")
 
 
 def test_convert(folder, cases):
@@ -412,6 +444,11 @@ def check_way_out(errors: str):
     assert "local copy" in errors
 
 
+def test_it_is_a_module_too():
+    command = [sys.executable, "-m", "diffusers_invsr", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == f"diffusers-invsr {__version__}\n"
+
+
 @pytest.mark.slow
 def test_hub_that_cannot_be_reached(folder):
     save("a.png")
@@ -426,6 +463,20 @@ def test_hub_that_cannot_be_reached(folder):
 def test_hub_that_is_switched_off(folder):
     save("a.png")
     check_way_out(run("upscale", "a.png", "-o", "out", "--model", "owner/no-such-model", status=1))
+
+
+@pytest.mark.slow
+def test_names_that_cannot_be_printed(folder, model):
+    name = os.fsdecode(b"caf\xe9.png")
+    save("a.png")
+    shutil.copy("a.png", name)
+    options = ("-o", "out", "--model", model)
+    for _ in range(2):  # the second time, both exist
+        process = command_line(folder, "upscale", name, "a.png", *options, PYTHONIOENCODING="utf-8:strict")
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert "caf\\udce9.png" in output
+        assert names_in("out") == ["a.png", name]
 
 
 @pytest.mark.slow
@@ -514,6 +565,19 @@ def test_hopeless_commands_end_before_any_work(folder, model, arguments, message
     Path("a.txt").write_text("not a folder")
     assert message in run("upscale", "a.png", *arguments, "--model", model, status=2)
     assert not Path("out").exists()
+
+
+def test_damaged_exif_costs_no_picture(folder, model):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.Make] = "Camera"
+    make_image().save("a.jpg", exif=exif)
+    data = Path("a.jpg").read_bytes()
+    Path("a.jpg").write_bytes(data.replace(b"\x01\x0f", b"\x01\x00"))  # now the width of the image is "Camera"
+    with pytest.raises(struct.error), Image.open("a.jpg") as image:
+        image.getexif().tobytes()
+    assert "without its EXIF data, which is damaged" in run("upscale", "a.jpg", "-o", "out", "--model", model)
+    assert Image.open("out/a.jpg").size == (40, 48)  # upright
 
 
 def test_exif_too_long_for_jpeg_is_left_out(folder, model):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from sd_turbo import enlarge, save_sd_turbo
 
 from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler, convert, load_noise_predictor
-from diffusers_invsr.conversion import PUBLISHED_MODEL_CARD, FetchError, check_state_dict
+from diffusers_invsr.conversion import PUBLISHED_MODEL_CARD, FetchError, check_state_dict, save_whole
 from diffusers_invsr.hub import create_model_card
 
 
@@ -210,6 +210,29 @@ def test_output_is_not_replaced_unasked(base, config, tmp_path):
     convert(CHECKPOINT, base, output, config, model_card={"license": "mit"}, overwrite=True)
     assert "license: mit" in (output / "README.md").read_text()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["invsr", "other"]
+
+
+def test_a_failed_replacement_leaves_the_old_pipeline(base, config, tmp_path, monkeypatch):
+    pipe = convert(CHECKPOINT, base, tmp_path / "invsr", config)
+    (tmp_path / "invsr" / "README.md").write_text("mine")
+    rename = Path.rename
+
+    def fail_at_last(path: Path, target: Path):
+        if path.name == "new":
+            raise OSError("the disk has gone")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_at_last)
+    with pytest.raises(OSError, match="the disk has gone"):
+        save_whole(pipe, tmp_path / "invsr")
+    assert (tmp_path / "invsr" / "README.md").read_text() == "mine"
+    assert [file.name for file in tmp_path.iterdir()] == ["invsr"]
+
+
+def test_a_loaded_predictor_needs_no_configuration(base, config):
+    predictor = load_noise_predictor(CHECKPOINT, config)
+    with pytest.raises(ValueError, match="`config` cannot be given with a `noise_predictor` that is loaded already"):
+        convert(predictor, base, config=config)
 
 
 def test_nothing_is_left_of_a_failure(config, base, tmp_path):

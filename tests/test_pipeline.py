@@ -180,6 +180,18 @@ def test_latent_output_decodes_to_the_image(pipe, tile_size):
         torch.testing.assert_close(result, pipe(photo(32, 48)), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("window", ["gaussian", "raised_cosine"])
+def test_blended_tiles_stay_in_the_range(pipe, window):
+    bias = pipe.pipeline.vae.decoder.conv_out.bias
+    before = bias.detach().clone()
+    with torch.no_grad():
+        bias.add_(100)  # white everywhere
+        result = pipe(photo(40, 72), tile_size=16, tile_window=window)
+        bias.copy_(before)
+    assert result.max() == 1 and result.min() > 1 - 1e-6
+    assert pipe(result, tile_size=16).shape == (1, 3, 640, 1152)  # an input like any other
+
+
 def test_return_dict(reference_pipe, prompt_embeds):
     arguments = {"tile_size": None, "output_type": "pt", **prompt_embeds}
     assert isinstance(reference_pipe(photo(), **arguments), InvSRPipelineOutput)
@@ -299,6 +311,12 @@ def test_no_component_is_changed_by_a_call(pipe):
         ({"prompt_embeds": torch.zeros(3, 77, 32)}, r"shape \(1 or 1, tokens, 32\), but its shape is \(3, 77, 32\)"),
         ({"prompt_embeds": torch.zeros(1, 77, 16)}, r"but its shape is \(1, 77, 16\)"),
         ({"negative_prompt_embeds": torch.zeros(1, 76, 32), "guidance_scale": 2.0}, "has to have 77 tokens"),
+        ({"prompt_embeds": torch.zeros(1, 154, 32), "guidance_scale": 2.0}, "has to have 154 tokens"),
+        ({"start_timestep": 250.0}, "`start_timestep` has to be one of"),
+        (
+            {"tile_size": 16, "tile_overlap": 3, "output_type": "latent"},
+            "`tile_overlap` has to be a multiple of 2 with `output_type='latent'`, but is 3",
+        ),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs"),
     ],
 )

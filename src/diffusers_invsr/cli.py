@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -38,6 +39,8 @@ Model = Annotated[
 def main():
     """Entry point of `diffusers-invsr`: the app, with the log noise of the libraries below turned off."""
     warnings.simplefilter("ignore")  # what the pipeline has to say is logged
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files can hold what cannot be printed
     for name in ("diffusers", "transformers", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     app()
@@ -127,10 +130,11 @@ def upscale(
     """
     # 1. What to do, before anything heavy is loaded
     tile_side = parse_tile_size(tile_size)
+    out = out.expanduser()
     outputs, num_missing = plan(inputs, out, image_format, suffix)
-    existing = [] if overwrite else [source for source, target in outputs.items() if target.exists()]
-    for source in existing:
-        typer.echo(f"{show(source)}: skipped, {show(outputs[source])} exists (--overwrite replaces it)")
+    existing = {} if overwrite else {source: target for source, target in outputs.items() if target.exists()}
+    for source, target in existing.items():
+        typer.echo(f"{show(source)}: skipped, {show(target)} exists (--overwrite replaces it)")
     waiting = {source: target for source, target in outputs.items() if source not in existing}
 
     num_failed = 0
@@ -169,7 +173,7 @@ def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     if not (to_file and folder == out) and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise typer.BadParameter(f"{out} cannot be made, since {folder} cannot be written to.", param_hint="'--out'")
-    images, missing = find_images(inputs, out)
+    images, missing = find_images(inputs, out, suffix)
     for text in missing:
         report(f"{text}: no such image")
     if not images:
@@ -188,7 +192,7 @@ def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[
                 f"{out} already says the name and the format: leave out `--suffix` and `--format`.",
                 param_hint="'--out'",
             )
-        out, images = out.parent, {source: Path(out.name) for source in images}
+        out, images, image_format = out.parent, {source: Path(out.name) for source in images}, "keep"
     try:
         return plan_outputs(images, out, image_format, suffix), len(missing)
     except ValueError as error:
@@ -316,7 +320,8 @@ def push(
     # By its absolute path, which is no keyword such as `tiny`
     pipe = load_pipeline(str(folder.absolute()), dtype=saved_dtypes(folder))
     try:
-        pipe.push_to_hub(repo_id, private=private, token=token)
+        # Where it is not asked to be private, the owner's own default is kept
+        pipe.push_to_hub(repo_id, private=private or None, token=token)
     except (OSError, ValueError) as error:
         fail(f"`{repo_id}` could not be written on the Hub: {describe(error)}")
     typer.echo(f"{show(folder)} -> {repo_id}")

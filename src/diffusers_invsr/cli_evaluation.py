@@ -15,6 +15,19 @@ if TYPE_CHECKING:
 
 
 EXTRA = "pip install 'diffusers-invsr[evaluation]'"
+# Of `evaluate`, without meaning where results are given
+MODEL_OPTIONS = (
+    "steps",
+    "start_timestep",
+    "timesteps",
+    "scale",
+    "tile_size",
+    "tile_overlap",
+    "tile_batch_size",
+    "color_fix",
+    "seed",
+    "dtype",
+)
 
 
 def degrade(
@@ -77,6 +90,7 @@ def degrade(
 
 
 def evaluate(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the evaluation: results, tables, pictures.")],
     lq: Annotated[Path | None, typer.Option(help="Folder of LR images.")] = None,
     gt: Annotated[Path | None, typer.Option(help="Folder of HR images, with the same names.")] = None,
@@ -139,10 +153,12 @@ def evaluate(
         raise typer.BadParameter("give either a model or results of another program.", param_hint="'--model'")
     if model is not None and lq is None:
         raise typer.BadParameter("the model needs LR images.", param_hint="'--lq'")
-    options = {"--steps": steps, "--start-timestep": start_timestep, "--timesteps": timesteps, "--scale": scale}
-    if results is not None and any(value is not None for value in options.values()):
-        given = next(name for name, value in options.items() if value is not None)
-        raise typer.BadParameter("is for a model, not for given results.", param_hint=f"'{given}'")
+    if results is not None:
+        given = [name for name in MODEL_OPTIONS if context.get_parameter_source(name).name == "COMMANDLINE"]
+        if given:
+            raise typer.BadParameter(
+                "is for a model, not for given results.", param_hint=f"'--{given[0].replace('_', '-')}'"
+            )
     schedules = parse_schedules(steps or [], start_timestep or [], timesteps or []) if model is not None else []
     if grid and model is not None and gt is not None and importlib.util.find_spec("matplotlib") is None:
         fail(f"--grid needs matplotlib, which is not installed: {EXTRA}")

@@ -78,6 +78,7 @@ def load_pipeline(
     """Load what `--model` names. Where that fails, one sentence says what else there is, and the program ends."""
     import torch
     from diffusers.utils.logging import disable_progress_bar
+    from huggingface_hub.errors import HFValidationError
     from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
     from . import TINY, InvSRPipeline, keep_freed_memory
@@ -103,11 +104,11 @@ def load_pipeline(
     except FetchError as error:
         fail(str(error))
     except Exception as error:
-        if is_local:
-            fail(f"{model!r} cannot be loaded as an InvSR pipeline: {describe(error)}")
-        if not isinstance(error, (OSError, ValueError)):
+        if not is_local and isinstance(error, (OSError, HFValidationError)):
+            fail(str(FetchError(model, error)))
+        if not is_local and not isinstance(error, ValueError):
             raise
-        fail(str(FetchError(model, error.__cause__ or error)))
+        fail(f"{model!r} cannot be loaded as an InvSR pipeline: {describe(error)}")
     try:
         if pipe.device != torch.device(device):  # where it is already, diffusers only warns of float16
             pipe.to(device)

@@ -103,7 +103,9 @@ def read_checkpoint(file: str | os.PathLike) -> dict[str, torch.Tensor]:
         raise ValueError(f"{str(file)!r} cannot be read as a file of tensors ({reason}).") from error
     if isinstance(state_dict, dict) and isinstance(state_dict.get("state_dict"), dict):
         state_dict = state_dict["state_dict"]
-    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+    if not isinstance(state_dict, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
+    ):
         raise ValueError(f"{str(file)!r} has to hold named tensors, directly or under `state_dict`, but does not.")
 
     def plain(key: str) -> str:
@@ -192,7 +194,9 @@ def load_noise_predictor(
                 name, torch_dtype=dtype or torch.float32, token=token, revision=revision
             )
         except (OSError, HFValidationError) as error:
-            raise error if os.path.isdir(name) else FetchError(name, error) from error
+            if os.path.isdir(name):
+                raise
+            raise FetchError(name, error) from error
 
     if isinstance(config, (str, os.PathLike)):
         config_file = config
@@ -232,7 +236,8 @@ def convert(
         base (`str` or `os.PathLike`, defaults to `"stabilityai/sd-turbo"`): Hub id or folder of SD-Turbo.
         output (`str` or `os.PathLike`, *optional*): Folder to save the pipeline in. It appears when it is complete.
         config (`dict` or path of a JSON file, *optional*): Configuration for [`load_noise_predictor`].
-        dtype (`torch.dtype`, *optional*): Type of all weights; by default `torch.float32`.
+        dtype (`torch.dtype`, *optional*):
+            Type of all weights that are loaded here; by default `torch.float32`. A predictor that is given keeps its.
         variant (`str`, *optional*): Variant of SD-Turbo's files, such as `"fp16"`.
         token (`str` or `bool`, *optional*): Access token for the Hub.
         drop_text_encoder (`bool`, defaults to `False`):
@@ -247,7 +252,7 @@ def convert(
     Raises:
         FetchError: If something could not be fetched from the Hub.
         FileExistsError: If `output` exists and may not be replaced.
-        ValueError: If the predictor's checkpoint does not fit its configuration.
+        ValueError: If the predictor's checkpoint does not fit its configuration, or `config` is given without one.
     """
     check_dtype(dtype)
     if output is not None:
@@ -259,6 +264,8 @@ def convert(
             )
     if not isinstance(noise_predictor, InvSRNoisePredictor):
         noise_predictor = load_noise_predictor(noise_predictor, config, dtype, token)
+    elif config is not None:
+        raise ValueError("`config` cannot be given with a `noise_predictor` that is loaded already.")
     base = str(base)
     try:
         pipe = InvSRPipeline.from_pretrained(
@@ -271,7 +278,9 @@ def convert(
             model_card=model_card,
         )
     except (OSError, HFValidationError) as error:
-        raise error if os.path.isdir(base) else FetchError(base, error) from error
+        if os.path.isdir(base):
+            raise
+        raise FetchError(base, error) from error
 
     if drop_text_encoder:
         pipe.drop_text_encoder()
@@ -288,6 +297,12 @@ def save_whole(pipe: InvSRPipeline, output: Path):
         pipe.save_pretrained(new)
         write_code(pipe, new)  # of which the card tells
         create_model_card(pipe, output.name).save(new / "README.md")
-        if output.exists():
-            output.rename(Path(folder, "old"))
-        new.rename(output)
+        old = Path(folder, "old")
+        try:
+            if output.exists():
+                output.rename(old)
+            new.rename(output)
+        except BaseException:
+            if old.exists() and not output.exists():
+                old.rename(output)
+            raise

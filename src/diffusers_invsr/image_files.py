@@ -30,7 +30,7 @@ TIFF_PAYLOAD_TAGS = {700, 34675}  # XMP, ICC profile
 FOREIGN_COLOR_SPACES = {"L": (b"RGB ", b"CMYK", b"Lab "), "RGB": (b"GRAY", b"CMYK", b"Lab ")}
 
 
-def find_images(inputs: list[str], out: Path) -> tuple[dict[Path, Path], list[str]]:
+def find_images(inputs: list[str], out: Path, suffix: str = "") -> tuple[dict[Path, Path], list[str]]:
     r"""
     Find the files that the inputs stand for, each once, in the order of the inputs.
 
@@ -39,6 +39,9 @@ def find_images(inputs: list[str], out: Path) -> tuple[dict[Path, Path], list[st
             Files; folders, which are searched for images with all their subfolders; and patterns with `*`, `?`,
             `[...]` and `**`. What is hidden is left out.
         out (`Path`): Where results go. If it lies inside a folder that is searched, it is left out.
+        suffix (`str`, *optional*):
+            What is added to the names of results. Where `out` is itself the folder that is searched, files with such
+            names beside those they can be made of are left out.
 
     Returns:
         `dict[Path, Path]`: For each file, its name below the output folder. Files in a folder keep their subfolder, as
@@ -48,7 +51,7 @@ def find_images(inputs: list[str], out: Path) -> tuple[dict[Path, Path], list[st
     found, missing, seen = {}, [], set()
     out = out.resolve()
     for text in inputs:
-        path = Path(text).expanduser()
+        path = Path(text if os.path.lexists(text) else os.path.expanduser(text))
         if path.is_dir():
             root, files = path, images_below(path)
         elif path.exists():
@@ -60,6 +63,8 @@ def find_images(inputs: list[str], out: Path) -> tuple[dict[Path, Path], list[st
             files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
         if root.resolve() in out.parents:
             files = [file for file in files if path == file or out not in file.resolve().parents]
+        elif suffix and root.resolve() == out and files != [path]:
+            files = without_results(files, suffix)
         for file in files:
             name = file.relative_to(root)
             # Links can show one file under many names; all but the first are left out, unless they were asked for.
@@ -71,6 +76,14 @@ def find_images(inputs: list[str], out: Path) -> tuple[dict[Path, Path], list[st
         if not files:
             missing.append(text)
     return found, missing
+
+
+def without_results(files: list[Path], suffix: str) -> list[Path]:
+    """The files but those that an earlier run can have made of others among them, in the same folder."""
+    sources = {file.with_suffix("") for file in files}
+    name = re.compile(rf"(.+){re.escape(suffix)}(_\d+)?")
+    made_of = {file: match[1] for file in files if (match := name.fullmatch(file.stem))}
+    return [file for file in files if file not in made_of or file.with_name(made_of[file]) not in sources]
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -143,7 +156,7 @@ def read_image(path: Path) -> tuple[Image.Image, int]:
 
     Returns:
         `PIL.Image.Image`: The image (the first one, of an animation or a file of pages), upright. What
-        [`save_image`] is to keep is in its `info`: `"icc_profile"` and `"exif"`.
+        [`save_image`] is to keep is in its `info`: `"icc_profile"` and `"exif"` (empty if it is damaged).
         `int`: Number of frames or pages in the file.
 
     Raises:
@@ -152,18 +165,34 @@ def read_image(path: Path) -> tuple[Image.Image, int]:
     with Image.open(path) as image:
         # The second picture that phones put into a JPEG (MPO) is a preview or a depth map, not a frame.
         num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        exif = _upright_exif(image)  # before the pixels: a TIFF is closed after them
+        image.load()
+        for name in ("exif", "Raw profile type exif"):  # or else they would be written anew
+            image.info.pop(name, None)
+        upright = ImageOps.exif_transpose(image)
+        upright.info["exif"] = exif
+        return upright, num_frames
+
+
+def _upright_exif(image: Image.Image) -> bytes | None:
+    """EXIF data of an open file, as of the upright image: `None` if there is none, empty if it is damaged."""
+    orientation = None
+    try:
         exif = image.getexif()
         for part in {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo} & set(exif):
-            exif.get_ifd(part)  # is read from the file, so before the pixels: a TIFF is closed after them
-        image.load()
+            exif.get_ifd(part)
         layout = TIFF_LAYOUT_TAGS | TIFF_PAYLOAD_TAGS if image.format == "TIFF" else set()
         for tag in layout & set(exif):
             del exif[tag]
-        upright = ImageOps.exif_transpose(image)
-        if ExifTags.Base.Orientation in exif:
+        orientation = exif.get(ExifTags.Base.Orientation)
+        if orientation is not None:
             exif[ExifTags.Base.Orientation] = 1
-        upright.info["exif"] = exif.tobytes() if exif else None
-        return upright, num_frames
+        return exif.tobytes() if exif else None
+    except Exception:  # Pillow raises of many kinds; the pixels may be sound all the same
+        return b""
+    finally:
+        if orientation is not None:  # it has still to be applied
+            exif[ExifTags.Base.Orientation] = orientation
 
 
 def check_side(path: Path, side: int):
@@ -195,7 +224,9 @@ def save_image(image: Image.Image, path: Path, source: Image.Image) -> str:
     space = "L" if image.mode in ("L", "LA") and name != "WEBP" else "RGB"  # WebP stores grey as RGB
     if profile and profile[16:20] not in FOREIGN_COLOR_SPACES[space]:
         options = {**options, "icc_profile": profile}
-    if source.info.get("exif"):
+    if source.info.get("exif") == b"":
+        note = ", without its EXIF data, which is damaged"
+    elif source.info.get("exif"):
         exif = _with_size(source.info["exif"], image.size)
         if name == "JPEG" and len(exif) > MAX_JPEG_EXIF_BYTES:
             note = ", without its EXIF data, which is too long for JPEG"

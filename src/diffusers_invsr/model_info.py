@@ -1,6 +1,7 @@
 """What a model needs, without running it: for the command `diffusers-invsr info`."""
 
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -87,12 +88,16 @@ def _networks(pipe: InvSRPipeline) -> dict[str, torch.nn.Module]:
 def _licence(pipe: InvSRPipeline, folder: Path) -> str:
     """The licence that the folder's model card names, else the one in the pipeline's configuration."""
     from huggingface_hub import ModelCard
+    from yaml import YAMLError
 
-    card = card_metadata(pipe)
+    cards = [card_metadata(pipe)]
     if (folder / "README.md").is_file():
-        card = ModelCard((folder / "README.md").read_text(encoding="utf-8")).data.to_dict()
-    names = (card.get("license_name") or card.get("license"), card.get("license_link"))
-    return ", ".join(name for name in names if name) or "not stated"
+        with suppress(ValueError, YAMLError):  # a card with damaged metadata says nothing of it
+            cards.insert(0, ModelCard((folder / "README.md").read_text(encoding="utf-8")).data.to_dict())
+    for card in cards:
+        if name := card.get("license_name") or card.get("license"):
+            return f"{name}, {card['license_link']}" if card.get("license_link") else name
+    return "not stated"
 
 
 def describe_model(pipe: InvSRPipeline, folder: Path) -> dict[str, str]:

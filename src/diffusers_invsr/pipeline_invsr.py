@@ -1,6 +1,7 @@
 """InvSR: super-resolution by diffusion inversion (https://arxiv.org/abs/2412.09013)."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -230,6 +231,11 @@ class InvSRPipeline(
             raise ValueError(f"`tile_window` has to be None or one of {TILE_WINDOWS}, but is {tile_window!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+        step = self.vae_scale_factor // math.gcd(self.vae_scale_factor, self.config.scale)
+        if output_type == "latent" and tile_size is not None and (tile_overlap or 0) % step:
+            raise ValueError(
+                f"`tile_overlap` has to be a multiple of {step} with `output_type='latent'`, but is {tile_overlap}."
+            )
         if color_fix not in (None, *COLOR_FIXES):
             raise ValueError(f"`color_fix` has to be None or one of {COLOR_FIXES}, but is {color_fix!r}.")
         if color_fix is not None and output_type == "latent":
@@ -552,8 +558,9 @@ class InvSRPipeline(
             return_dict (`bool`, defaults to `True`): Whether to return an [`InvSRPipelineOutput`].
             callback_on_step_end (`Callable`, *optional*):
                 Called as `callback(pipeline, step_index, timestep, callback_kwargs)` after every step of every batch
-                of tiles; may return a dict with changed tensors. If it sets `pipeline._interrupt = True`, the
-                remaining steps and tiles are skipped; tiles that were not reached stay black.
+                of tiles; `timestep` is a schedule index (199 for step 200). It may return a dict with changed tensors.
+                If it sets `pipeline._interrupt = True`, the remaining steps and tiles are skipped; tiles that were not
+                reached stay black.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 Tensors in `callback_kwargs`: `"latents"`, `"prompt_embeds"`, `"negative_prompt_embeds"`.
 
@@ -668,6 +675,8 @@ class InvSRPipeline(
         results = [blender.sum for _, _, blender in runs]
         if color_fix is not None:
             results = [apply_color_fix(blender.sum, grid.enlarged_rows, color_fix) for _, grid, blender in runs]
+        elif output_type != "latent":
+            results = [result.clamp_(0, 1) for result in results]  # the weights of tiles sum to 1 but for rounding
 
         # 9. Give the images in the type that was asked for
         images = self.image_processor.postprocess(results, inputs, output_type)

@@ -98,7 +98,13 @@ class FixedPromptMixin:
             negative_prompt_embeds = self._embed_fixed("negative_prompt", device)
         elif negative_prompt_embeds is None:
             negative_prompt_embeds = self._embed(negative_prompt, device)
-        return prompt_embeds, negative_prompt_embeds.to(device=device, dtype=dtype_of(self.unet))
+        negative_prompt_embeds = negative_prompt_embeds.to(device=device, dtype=dtype_of(self.unet))
+        if negative_prompt_embeds.shape[1] != prompt_embeds.shape[1]:
+            raise ValueError(
+                f"`negative_prompt_embeds` has to have {prompt_embeds.shape[1]} tokens like `prompt_embeds`, but its"
+                f" shape is {tuple(negative_prompt_embeds.shape)}."
+            )
+        return prompt_embeds, negative_prompt_embeds
 
     def check_prompts(
         self,
@@ -134,12 +140,6 @@ class FixedPromptMixin:
                     f"`{name}_embeds` has to be a tensor of shape (1 or {num_images}, tokens, {width}), but its shape"
                     f" is {shape}."
                 )
-        lengths = {embeds.shape[1] for embeds in (prompt_embeds, negative_prompt_embeds) if embeds is not None}
-        if len(lengths) > 1:
-            raise ValueError(
-                f"`negative_prompt_embeds` has to have {prompt_embeds.shape[1]} tokens like `prompt_embeds`, but its"
-                f" shape is {tuple(negative_prompt_embeds.shape)}."
-            )
         if not is_real(guidance_scale):
             raise ValueError(f"`guidance_scale` has to be a finite number, but is {guidance_scale!r}.")
         if guidance_scale > 1 and not self.takes_text:

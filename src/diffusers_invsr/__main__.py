@@ -1,0 +1,6 @@
+"""`python -m diffusers_invsr`: the command line, where its script is not on the path."""
+
+from .cli import main
+
+
+main()
