@@ -19,13 +19,12 @@ from scipy.stats import t
 from simple_degradation import degrade
 
 from diffusers_invsr import InvSRPipeline
-from diffusers_invsr.files import write_atomically
+from diffusers_invsr.files import module_fingerprint, write_atomically
 from diffusers_invsr.metrics import gradient_ratio, psnr, psnr_y, ssim_y
 from diffusers_invsr.training import (
     Degradation,
     DegradationSettings,
     EvaluationDegradationSettings,
-    vae_fingerprint,
 )
 from diffusers_invsr.training.validation import to_image, to_tensor
 
@@ -189,7 +188,7 @@ class Scores:
 def settings_of(pipe: InvSRPipeline, photographs: list[Photograph], seed: int) -> dict:
     """What scores hang on: the weights, the HR images in their order, the seed."""
     return {
-        "model": [vae_fingerprint(model) for model in (pipe.vae, pipe.unet, pipe.noise_predictor)],
+        "model": [module_fingerprint(model) for model in (pipe.vae, pipe.unet, pipe.noise_predictor)],
         "photographs": [[photo.name, *photo.hr.size, zlib.crc32(photo.hr.tobytes())] for photo in photographs],
         "seed": seed,
     }

@@ -27,6 +27,7 @@ import signal
 import sys
 import traceback
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from uuid import uuid4
@@ -85,6 +86,7 @@ from diffusers_invsr.training import (
 )
 
 
+VALIDATION_TIMEOUT = timedelta(hours=2)  # for which the other processes wait while one validates
 FIXED_RUN_SETTINGS = ("seed", "batch_size", "gradient_accumulation_steps", "start_timesteps")  # to resume a run
 
 logger = get_logger(__name__)
@@ -182,8 +184,7 @@ def parse_settings(parser: HfArgumentParser, argv: list[str], ignored: tuple[typ
         # A list of one may be written without its brackets
         lists = [name for name in values if str(types[name]).startswith("list") and not isinstance(values[name], list)]
         values |= {name: [values[name]] for name in lists}
-        # YAML takes 5e-5 for a text; argparse turns texts into what the setting is
-        parser.set_defaults(**values)
+        parser.set_defaults(**{name: as_argument(value, types[name]) for name, value in values.items()})
         argv = argv[1:]
     *settings, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
@@ -191,6 +192,15 @@ def parse_settings(parser: HfArgumentParser, argv: list[str], ignored: tuple[typ
     if unknown:
         parser.error(f"there is no such setting: {' '.join(unknown)}.")
     return tuple(settings)
+
+
+def as_argument(value, kind: type):
+    """A value of a YAML file as argparse expects it: as a text, which it turns into what the setting is, or a list."""
+    if value == "None":
+        return None
+    if isinstance(value, bool) and kind is not bool:  # what YAML takes `no` for
+        return "yes" if value else "no"
+    return str(value) if isinstance(value, (bool, int, float)) else value
 
 
 def require_positive(parser: HfArgumentParser, settings, *names: str):
@@ -363,9 +373,10 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     output = Path(run.output_dir)
     # A plugin rather than a number: `accelerate launch --use_deepspeed` would put its own in the place of that
     accumulation = GradientAccumulationPlugin(num_steps=run.gradient_accumulation_steps)
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    group = InitProcessGroupKwargs(timeout=VALIDATION_TIMEOUT)
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not torch.accelerator.is_available():
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))  # accelerate chooses none for DeepSpeed on CPUs
+        group.backend = "gloo"  # accelerate chooses none for DeepSpeed on CPUs
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), group]
     accelerator = Accelerator(
         gradient_accumulation_plugin=accumulation,
         mixed_precision=run.mixed_precision,
@@ -572,7 +583,9 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
             with torch.no_grad():
                 hr = batch["hr"].to(accelerator.device, non_blocking=True).float() / 255
                 posterior = encode_posterior(pipe.vae, hr, cache, batch["keys"])
-                lr, posterior = pool.exchange(degrade(degradation, hr, generator), posterior, generator=generator)
+                lr, posterior = pool.exchange(
+                    degrade(degradation, hr, generator), posterior.float(), generator=generator
+                )
                 timesteps, noise, lr_latents, hr_latents = draw_starts(
                     pipe, lr, posterior, run.start_timesteps, generator
                 )
@@ -630,7 +643,8 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
         finished = progress["iteration"] == run.max_iterations
         if progress["iteration"] % run.log_every == 0 or finished:
             values = meter.compute(accelerator) | norms | {"learning_rate": lr_scheduler.get_last_lr()[0]}
-            values |= {"skipped_steps": progress["skipped_steps"], "skipped_images": len(skip_report)}
+            skipped_images = len(set(gather_object(list(skip_report.reasons))))
+            values |= {"skipped_steps": progress["skipped_steps"], "skipped_images": skipped_images}
             log(values)
             bar.set_postfix({name: f"{values[name]:.4f}" for name in losses})
         if progress["iteration"] % run.validate_every == 0 or finished:
@@ -671,7 +685,6 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
             ema_predictor.cpu(),
             base=base,
             output=output / "pipeline",
-            dtype=frozen_dtype,
             variant=model.variant,
             overwrite=True,
             model_card=card,
@@ -690,9 +703,9 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
 
 def out_of_memory_advice(data: DataSettings, run: RunSettings) -> str:
     return (
-        f"Out of memory with `batch_size={run.batch_size}` and `crop_size={data.crop_size}`: halve `batch_size` and"
-        " double `gradient_accumulation_steps`, which trains the same; set `gradient_checkpointing`; or lower"
-        " `crop_size`."
+        f"Out of memory with `batch_size={run.batch_size}` and `crop_size={data.crop_size}`: set"
+        " `gradient_checkpointing`, with which a run can be resumed; or, in a new run, halve `batch_size` and double"
+        " `gradient_accumulation_steps`, which trains the same, or lower `crop_size`."
     )
 
 

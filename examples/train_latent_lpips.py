@@ -218,7 +218,8 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print(f"Leaves out {len(faults)} bad triplets: {listed}")
     train_set = Triplets([entry for entries in triplets["train"].values() for entry in entries], args.resolution)
     loader_settings = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-    train_loader = DataLoader(train_set, shuffle=True, **loader_settings)
+    order = torch.Generator()
+    train_loader = DataLoader(train_set, shuffle=True, generator=order, **loader_settings)
     val_loaders = {
         distortion: accelerator.prepare(DataLoader(Triplets(entries, args.resolution), **loader_settings))
         for distortion, entries in triplets["val"].items()
@@ -246,8 +247,21 @@ def main(argv: list[str] | None = None) -> None:
     stateful = {**unwrapped, "optimizer": optimizer, "scheduler": scheduler}
 
     checkpoint = args.output_dir / "checkpoint.pt"
-    if args.resume and checkpoint.is_file():
+    course = {
+        name: str(value)
+        for name, value in {**asdict(model_args), **asdict(args)}.items()
+        if name not in ("output_dir", "resume", "num_workers")
+    }
+    if checkpoint.is_file() and not args.resume:
+        raise SystemExit(
+            f"`output_dir={str(args.output_dir)!r}` holds a checkpoint of another run: continue it with `--resume`, or"
+            " choose another folder."
+        )
+    if checkpoint.is_file():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        changed = [name for name, value in state.get("course", course).items() if course.get(name) != value]
+        if changed:
+            raise SystemExit(f"{checkpoint} is of a run with other {' and '.join(changed)}: choose another folder.")
         for name, obj in stateful.items():
             obj.load_state_dict(state[name])
         history = state["history"]
@@ -259,6 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     # Training
     for epoch in range(len(history), num_epochs + 1):
         set_seed(args.seed + epoch)  # so that a resumed run draws what an uninterrupted one does
+        order.manual_seed(args.seed + epoch)
         metric.train()
         start, losses = time.perf_counter(), []
         for batch in train_loader:
@@ -279,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print(json.dumps(record))
         if accelerator.is_main_process:
             state = {name: obj.state_dict() for name, obj in stateful.items()}
-            save_atomically({**state, "history": history}, checkpoint)
+            save_atomically({**state, "history": history, "course": course}, checkpoint)
 
     if accelerator.is_main_process:
         unwrapped["metric"].save_pretrained(args.output_dir)

@@ -484,6 +484,18 @@ def test_one_source_in_the_file_needs_no_list(script, tmp_path):
     assert data.train_data == ["photos"] and run.start_timesteps == [200]
 
 
+def test_values_of_the_file_are_read_as_on_the_command_line(script, tmp_path, capsys):
+    text = "{train_data: x, validation_data: None, mixed_precision: no, lpips_weight: 0, learning_rate: 5e-5, CHANGE}"
+    (tmp_path / "a.yaml").write_text(text.replace("CHANGE", "compile: yes, batch_size: 2"))
+    _, data, run, _ = script.parse_args([str(tmp_path / "a.yaml")])
+    assert data.validation_data is None and run.mixed_precision == "no"
+    assert (run.learning_rate, run.compile, run.batch_size) == (5e-5, True, 2)
+    (tmp_path / "a.yaml").write_text(text.replace("CHANGE", "batch_size: 2.5"))
+    with pytest.raises(SystemExit):
+        script.parse_args([str(tmp_path / "a.yaml")])
+    assert "--batch_size" in capsys.readouterr().err
+
+
 def test_an_output_folder_with_checkpoints_is_not_overwritten(script, settings, uninterrupted):
     with pytest.raises(SystemExit, match="`output_dir=.*` holds checkpoints of another run.*`--resume latest`"):
         script.main([settings, "--output_dir", str(uninterrupted)])
@@ -501,7 +513,7 @@ def test_a_mistake_ends_in_a_sentence_and_a_fault_in_a_traceback(script, setting
 
 def test_out_of_memory_says_what_to_lower(script, settings, monkeypatch):
     monkeypatch.setattr(script, "train", lambda *settings: torch.empty(2**60))
-    with pytest.raises(SystemExit, match="Out of memory with `batch_size=2` and `crop_size=64`: halve `batch_size`"):
+    with pytest.raises(SystemExit, match="Out of memory with `batch_size=2` and `crop_size=64`: set `gradient_check"):
         script.main([settings])
 
 

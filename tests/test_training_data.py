@@ -2,6 +2,7 @@ import functools
 import http.server
 import io
 import itertools
+import multiprocessing
 import os
 import pickle
 import signal
@@ -54,6 +55,15 @@ def write_tar(path, members):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
+
+
+def test_workers_are_out_of_reach_of_signals_to_the_group(tmp_path):
+    """A launcher signals the training's whole group, which needs its workers until it has stopped."""
+    dataset = make_dataset([write_images(tmp_path / "images", 2)], CROP, 0)
+    batches = iter(make_loader(dataset, 1, 0, 1, 0, 1, False))
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert workers and all(os.getpgid(worker.pid) != os.getpgid(0) for worker in workers)
 
 
 def write_shards(folder, counts):

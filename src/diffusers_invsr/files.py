@@ -21,12 +21,13 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def module_fingerprint(module: torch.nn.Module) -> str:
+def module_fingerprint(module: torch.nn.Module, parts: tuple[str, ...] = ("",)) -> str:
     r"""
     Identify what a network computes.
 
     Args:
         module (`ModelMixin` or `PreTrainedModel`): A network of diffusers or transformers.
+        parts (`tuple[str, ...]`, *optional*): With what the names of the weights begin that count; by default all do.
 
     Returns:
         `str`: 32 hexadecimal digits that follow from its class, its configuration, and the names, number types and
@@ -36,6 +37,8 @@ def module_fingerprint(module: torch.nn.Module) -> str:
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps([type(module).__name__, config], sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
+        if not name.startswith(parts):
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()[:32]

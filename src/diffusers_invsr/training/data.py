@@ -294,7 +294,7 @@ def make_loader(
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         collate_fn=_collate,
-        worker_init_fn=_ignore_sigint,
+        worker_init_fn=_leave_process_group,
     )
 
 
@@ -341,8 +341,11 @@ def _collate(samples: list[Sample]) -> dict[str, Any]:
     }
 
 
-def _ignore_sigint(worker: int):
+def _leave_process_group(worker: int):
+    """Signals to a whole group, of Ctrl-C and of launchers, are for the training, which needs its workers to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 class SkipReport:

@@ -98,7 +98,7 @@ class LatentCache:
 
 def vae_fingerprint(vae: torch.nn.Module) -> str:
     """Identify what a VAE's encoder computes; see [`~diffusers_invsr.files.module_fingerprint`]."""
-    return module_fingerprint(vae)
+    return module_fingerprint(vae, ("encoder.", "quant_conv."))
 
 
 def _checksum(tensor: torch.Tensor) -> str:

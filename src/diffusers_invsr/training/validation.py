@@ -53,10 +53,14 @@ class ValidationSet:
 
     def __init__(self, files: list[str], crop_size: int, scale: int = 4, seed: int = 0):
         self.seed, self.lpips = seed, load_lpips_if_possible()
+        self._bicubic: list[dict[str, float]] = []
         degradation = Degradation(EvaluationDegradationSettings(), scale)
         self.pairs = []
         for number, file in enumerate(files):
-            pixels = InvSRImageProcessor().preprocess(read_image(Path(file))[0])[0].pixels
+            try:
+                pixels = InvSRImageProcessor().preprocess(read_image(Path(file))[0])[0].pixels
+            except Exception as error:  # of many kinds, from Pillow's decoders
+                raise ValueError(f"The image for validation {file!r} cannot be read: {error}") from error
             size = [min(side, crop_size) // MULTIPLE * MULTIPLE for side in pixels.shape[1:]]
             if not all(size):
                 raise ValueError(
@@ -80,21 +84,31 @@ class ValidationSet:
             `tuple[dict[str, float], list[Image.Image]]`: Means by name, such as `"psnr_y/1_step"`; and for each image
             a row LR | bicubic | 1 step | 3 steps | HR.
         """
+        if self.lpips is not None:
+            self.lpips.to(pipe.device)
         scores, rows = {}, []
-        for _, lr, hr in self.pairs:
+        for number, (_, lr, hr) in enumerate(self.pairs):
             results = {"bicubic": lr.resize(hr.size, Image.Resampling.BICUBIC)}
+            if len(self._bicubic) == number:
+                self._bicubic.append(self._compare(results["bicubic"], hr, pipe.device))
+            values = {"bicubic": self._bicubic[number]}
             for name, num_steps in STEPS.items():
                 generator = torch.Generator().manual_seed(self.seed)
                 results[name] = pipe(lr, num_steps=num_steps, tile_size=None, generator=generator).images[0]
-            for name, result in results.items():
-                values = {"psnr_y": psnr_y(np.array(result), np.array(hr))}
-                values["ssim_y"] = ssim_y(np.array(result), np.array(hr))
-                if self.lpips is not None:
-                    values["lpips"] = self.lpips(2 * to_tensor(result) - 1, 2 * to_tensor(hr) - 1).item()
-                for metric, value in values.items():
+                values[name] = self._compare(results[name], hr, pipe.device)
+            for name, metrics in values.items():
+                for metric, value in metrics.items():
                     scores.setdefault(f"{metric}/{name}", []).append(value)
             rows.append(row({"lr": lr.resize(hr.size, Image.Resampling.NEAREST), **results, "hr": hr}))
         return {name: float(np.mean(values)) for name, values in scores.items()}, rows
+
+    @torch.no_grad()
+    def _compare(self, result: Image.Image, hr: Image.Image, device: torch.device) -> dict[str, float]:
+        pixels = np.array(result), np.array(hr)
+        metrics = {"psnr_y": psnr_y(*pixels), "ssim_y": ssim_y(*pixels)}
+        if self.lpips is not None:
+            metrics["lpips"] = self.lpips(*(2 * to_tensor(image).to(device) - 1 for image in (result, hr))).item()
+        return metrics
 
 
 def row(images: dict[str, Image.Image]) -> Image.Image:
