@@ -5,7 +5,7 @@
 Of a pipeline and what training made of it (with other losses, or another degradation), this chooses a balance without
 training again (network interpolation, https://arxiv.org/abs/1809.00219). If the second predictor is deeper, by
 `--extra_layers` of `finetune_in_pixels.py`, the first one is deepened before. `--output` gets the first pipeline with
-the new networks, in float32; what its card says of training is the first one's. Needs `pip install ".[training]"`.
+the new networks; its card tells of the training of both. Needs `pip install ".[training]"`.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from torch import nn
 
 from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline
 from diffusers_invsr.conversion import save_whole
+from diffusers_invsr.hub import card_metadata
 
 
 @torch.no_grad()
@@ -37,12 +38,29 @@ def deepen_like(first: InvSRNoisePredictor, second: InvSRNoisePredictor) -> InvS
     return deepen(first, more - layers, like=second) if more > layers else first
 
 
+def card_of_both(first: InvSRPipeline, second: InvSRPipeline, weight: float) -> dict[str, str]:
+    """The first pipeline's card, with the licence, data and training of both."""
+    card, other = card_metadata(first), card_metadata(second)
+    licences = [each.get("license_name") or each.get("license") or "not stated" for each in (card, other)]
+    if licences[0] != licences[1]:
+        card.pop("license_link", None)
+        card |= {"license": "other", "license_name": " and ".join(licences)}
+    card["training"] = f"Between two models: {1 - weight:g} of the first and {weight:g} of the second."
+    for name, each in (("first", card_metadata(first)), ("second", other)):
+        card["training"] += f"\n\nThe {name}:\n\n{each.get('training') or 'Not stated.'}"
+    if card.get("training_data") != other.get("training_data"):
+        texts = (each.get("training_data") or "Not stated." for each in (card, other))
+        card["training_data"] = "The first model: {}\n\nThe second: {}".format(*texts)
+    return card
+
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", type=Path, help="saved pipeline; the result has all of it but the two networks")
     parser.add_argument("second", type=Path, help="saved pipeline")
     parser.add_argument("--weight", type=float, required=True, help="share of the second, from 0 to 1")
     parser.add_argument("--output", type=Path, required=True, help="new folder for the pipeline")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="saved so")
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.weight <= 1:
         parser.error(f"--weight has to be from 0 to 1, but is {arguments.weight}")
@@ -58,7 +76,10 @@ def main(argv: list[str] | None = None):
             interpolate(getattr(pipe, name), getattr(other, name), arguments.weight)
     except ValueError as error:
         parser.error(str(error))
-    save_whole(pipe, arguments.output)
+    card = card_of_both(pipe, other, arguments.weight)
+    pipe.register_to_config(model_card=card)
+    pipe.noise_predictor.register_to_config(model_card=card)
+    save_whole(pipe.to(getattr(torch, arguments.dtype)), arguments.output)
 
 
 if __name__ == "__main__":

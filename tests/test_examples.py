@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from PIL import Image
+from safetensors.torch import load_file
 
 from diffusers_invsr import TINY, InvSRPipeline
 from diffusers_invsr.metrics import psnr_y, ssim_y
@@ -393,6 +395,7 @@ def test_a_model_between_two(tmp_path, weight, extra_layers):
     with torch.no_grad():
         for value in (*pipe.noise_predictor.parameters(), *pipe.vae.decoder.parameters()):
             value.add_(0.5)
+    pipe.register_to_config(model_card={"license": "mit", "training": "| of the other |"})
     pipe.save_pretrained(tmp_path / "other")
     arguments = [TINY, str(tmp_path / "other"), "--output", str(tmp_path / "between"), "--weight"]
     interpolate_predictors.main([*arguments, str(weight)])
@@ -404,8 +407,20 @@ def test_a_model_between_two(tmp_path, weight, extra_layers):
             new = name == "noise_predictor" and key not in known and ".conv2." not in key
             share = 0 if name == "vae" and not key.startswith("decoder") else 0.5 if new else 0.5 * weight
             torch.testing.assert_close(value, before[name][key] + share)
+    card = (tmp_path / "between" / "README.md").read_text()
+    assert "license: cc0-1.0" in card and "The first:\n\nNot stated.\n\nThe second:\n\n| of the other |" in card
+    assert f"{1 - weight:g} of the first and {weight:g} of the second" in card
     with pytest.raises(SystemExit):
         interpolate_predictors.main([*arguments, "0.5"])  # the folder exists
+
+
+def test_what_lies_between_is_saved_in_the_type_asked_for(tmp_path):
+    interpolate_predictors.main(
+        [TINY, TINY, "--weight", "0.3", "--dtype", "float16", "--output", str(tmp_path / "same")]
+    )
+    same, shipped = (load_file(Path(folder, "vae", SAFETENSORS_WEIGHTS_NAME)) for folder in (tmp_path / "same", TINY))
+    assert {value.dtype for value in same.values()} == {torch.float16}
+    assert same.keys() == shipped.keys() and all(torch.equal(value, shipped[key]) for key, value in same.items())
 
 
 def test_new_layers_count_for_nothing_before_interpolation():
