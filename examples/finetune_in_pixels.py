@@ -8,9 +8,7 @@ Fine-tune the noise predictor and the VAE's decoder together, on the squared err
 Beyond the paper, whose losses are all in latent space and whose VAE stays as it is: a decoder that was trained on
 latents of sharp images alone meets others here, one-step estimates from damaged ones. A quarter of the HR images are
 decoded from their own latents besides, and their error counts as much, so that it stays an inverse of the encoder,
-which is frozen as the diffusion model is. `--ssim_weight` adds 1 - SSIM of the estimates' luma: squared errors weigh
-little where contrast is low, so texture there is smoothed more than it has to be. For small models: the decoder is
-differentiated at the full resolution.
+which is frozen as the diffusion model is. For small models: the decoder is differentiated at the full resolution.
 
 The YAML file may be one of `train_invsr.py`: what is no setting of this script is ignored. On CPUs
 `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 examples/finetune_in_pixels.py ...` starts a process a core. The same
@@ -33,8 +31,6 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
-from kornia.color import rgb_to_y
-from kornia.metrics import ssim
 from torch import nn
 from tqdm.auto import tqdm
 from train_invsr import (
@@ -72,7 +68,6 @@ from diffusers_invsr.training import (
 
 
 CLEAN_SHARE = 4  # one in so many images is also decoded from its own latents
-SSIM_WINDOW = 11  # pixels, Gaussian with sigma 1.5
 MAX_SKIPPED_STEPS = 25  # in a row; the first ones of float16 are, until its scale fits
 COURSE = "settings.json"  # of a checkpoint: all that the weights hang on
 
@@ -94,7 +89,6 @@ class Settings:
     max_iterations: int = setting("Iterations (updates of the weights).", 1_000)
     warmup_iterations: int = setting("Iterations in which the learning rate rises; then it falls by a cosine.", 50)
     learning_rate: float = setting("Peak learning rate of both networks.", 2e-4)
-    ssim_weight: float = setting("Weight of 1 - SSIM of luma, beside a weight of 1 for the squared errors.", 0.0)
     max_grad_norm: float = setting("Bound of the gradients' norm.", 1.0)
     mixed_precision: str | None = setting("`no`, `bf16` or `fp16`. None: what `accelerate config` says.")
     ema_decay: float = setting("Bound of the moving average's decay, min(bound, (1 + i) / (10 + i)).", 0.999)
@@ -115,8 +109,6 @@ def parse_args(argv: list[str]) -> tuple[Settings, list[DegradationSettings]]:
         parser.error("--train_data has to name at least one source of images.")
     if settings.extra_layers < 0:
         parser.error(f"--extra_layers has to be 0 or more, but is {settings.extra_layers}.")
-    if not 0 <= settings.ssim_weight < math.inf:
-        parser.error(f"--ssim_weight has to be 0 or more, but is {settings.ssim_weight}.")
     require_positive(
         parser, settings, "max_iterations", "batch_size", "log_every", "validate_every", "checkpoint_every"
     )
@@ -249,7 +241,7 @@ def main(argv: list[str] | None = None):
     iteration, checkpoint = 0, checkpoints.find("latest") if settings.resume else None
     if checkpoint is not None:
         # Checkpoints from before there were these settings do not tell them
-        before = {"extra_layers": 0, "also_degraded_by": [], "device": "cpu", "ssim_weight": 0.0}
+        before = {"extra_layers": 0, "also_degraded_by": [], "device": "cpu"}
         before |= json.loads((checkpoint / COURSE).read_text(encoding="utf-8"))
         changed = [name for name in course if course[name] != before.get(name)]
         if changed:
@@ -306,11 +298,7 @@ def main(argv: list[str] | None = None):
         clean = math.ceil(len(hr) / CLEAN_SHARE)
         estimates, reconstructions = model(lr, lr_latents, timesteps, noise, prompt_embeds, hr_latents[:clean])
         losses = {"mse": F.mse_loss(estimates, hr), "reconstruction": F.mse_loss(reconstructions, hr[:clean])}
-        loss = losses["mse"] + losses["reconstruction"]
-        if settings.ssim_weight:
-            losses["ssim"] = ssim(rgb_to_y(estimates), rgb_to_y(hr), SSIM_WINDOW).mean()
-            loss = loss + settings.ssim_weight * (1 - losses["ssim"])
-        accelerator.backward(loss)
+        accelerator.backward(losses["mse"] + losses["reconstruction"])
         norm = descend(accelerator, model, optimizer, settings.max_grad_norm)
         skipped = 0 if math.isfinite(norm) else skipped + 1
         if skipped == MAX_SKIPPED_STEPS:
