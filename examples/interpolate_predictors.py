@@ -60,7 +60,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("second", type=Path, help="saved pipeline")
     parser.add_argument("--weight", type=float, required=True, help="share of the second, from 0 to 1")
     parser.add_argument("--output", type=Path, required=True, help="new folder for the pipeline")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="saved so")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights"
+    )
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.weight <= 1:
         parser.error(f"--weight has to be from 0 to 1, but is {arguments.weight}")

@@ -184,6 +184,8 @@ def parse_settings(parser: HfArgumentParser, argv: list[str], ignored: tuple[typ
         # A list of one may be written without its brackets
         lists = [name for name in values if str(types[name]).startswith("list") and not isinstance(values[name], list)]
         values |= {name: [values[name]] for name in lists}
+        optional = [name for name in values if parser.get_default(name) is None]
+        values = {name: None if value == "None" and name in optional else value for name, value in values.items()}
         parser.set_defaults(**{name: as_argument(value, types[name]) for name, value in values.items()})
         argv = argv[1:]
     *settings, unknown = parser.parse_args_into_dataclasses(
@@ -195,9 +197,7 @@ def parse_settings(parser: HfArgumentParser, argv: list[str], ignored: tuple[typ
 
 
 def as_argument(value, kind: type):
-    """A value of a YAML file as argparse expects it: as a text, which it turns into what the setting is, or a list."""
-    if value == "None":
-        return None
+    """A value of a YAML file as a text, which argparse turns into what the setting is; no change to lists and such."""
     if isinstance(value, bool) and kind is not bool:  # what YAML takes `no` for
         return "yes" if value else "no"
     return str(value) if isinstance(value, (bool, int, float)) else value

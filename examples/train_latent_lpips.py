@@ -44,6 +44,7 @@ from diffusers_invsr.training.latent_lpips import LatentLPIPS
 
 PARTS = {"ref": ".png", "p0": ".png", "p1": ".png", "judge": ".npy"}
 NAMED_FAULTS = 5  # that a message lists
+FREE_SETTINGS = ("data", "vae", "vgg16", "output_dir", "num_workers", "resume")  # of a resumed run; paths may move
 
 
 @dataclass
@@ -203,6 +204,24 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
+    # Where it goes on
+    checkpoint = args.output_dir / "checkpoint.pt"
+    settings = {**asdict(model_args), **asdict(args)}
+    course = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
+    if checkpoint.is_file():
+        if not args.resume:
+            raise SystemExit(
+                f"`output_dir={str(args.output_dir)!r}` holds a checkpoint of another run: continue it with"
+                " `--resume`, or choose another folder."
+            )
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        for name, value in state.get("course", course).items():
+            if course[name] != value:
+                raise SystemExit(
+                    f"`{name}={course[name]}` contradicts the run to resume, where it is {value}: choose another"
+                    " folder."
+                )
+
     # Data
     triplets, faults = {}, []
     for split in ("train", "val"):
@@ -246,22 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     unwrapped = {"metric": accelerator.unwrap_model(metric), "preference": accelerator.unwrap_model(preference)}
     stateful = {**unwrapped, "optimizer": optimizer, "scheduler": scheduler}
 
-    checkpoint = args.output_dir / "checkpoint.pt"
-    course = {
-        name: str(value)
-        for name, value in {**asdict(model_args), **asdict(args)}.items()
-        if name not in ("output_dir", "resume", "num_workers")
-    }
-    if checkpoint.is_file() and not args.resume:
-        raise SystemExit(
-            f"`output_dir={str(args.output_dir)!r}` holds a checkpoint of another run: continue it with `--resume`, or"
-            " choose another folder."
-        )
     if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        changed = [name for name, value in state.get("course", course).items() if course.get(name) != value]
-        if changed:
-            raise SystemExit(f"{checkpoint} is of a run with other {' and '.join(changed)}: choose another folder.")
         for name, obj in stateful.items():
             obj.load_state_dict(state[name])
         history = state["history"]
@@ -304,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
             "triplets": {split: {name: len(found) for name, found in triplets[split].items()} for split in triplets},
             "left_out": faults,
             "history": history,
-            "arguments": {**asdict(model_args), **asdict(args)},
+            "arguments": settings,
         }
         save_atomically(metrics, args.output_dir / "metrics.json")
     accelerator.print(f"Agreement {history[0]['agreement']['mean']:.3f} -> {history[-1]['agreement']['mean']:.3f}")

@@ -212,6 +212,15 @@ def test_output_is_not_replaced_unasked(base, config, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["invsr", "other"]
 
 
+def test_embeddings_have_as_many_tokens_as_the_fixed_negative_prompt(base, config):
+    pipe = convert(CHECKPOINT, base, config=config)
+    embeds = torch.zeros(1, 154, pipe.unet.config.cross_attention_dim)
+    with pytest.raises(
+        ValueError, match="`prompt_embeds` has 154 tokens, but the negative prompt 77: give embeddings"
+    ):
+        pipe(torch.rand(1, 3, 32, 32), prompt_embeds=embeds, guidance_scale=2.0)
+
+
 def test_a_failed_replacement_leaves_the_old_pipeline(base, config, tmp_path, monkeypatch):
     pipe = convert(CHECKPOINT, base, tmp_path / "invsr", config)
     (tmp_path / "invsr" / "README.md").write_text("mine")

@@ -276,14 +276,14 @@ def test_lr_is_on_the_8_bit_grid(batch, height, width, scale):
         assert torch.equal((255 * lr).round() / 255, lr) and lr.min() >= 0 and lr.max() <= 1
 
 
-def test_float64_differs_in_the_noise_alone(photos):
-    settings = NOTHING | {"jpeg_quality": [70.0, 70.0], "blur_sigma": [1.0, 1.0]}
+def test_float64_differs_where_values_are_rounded_alone(photos):
+    settings = NOTHING | {"blur_sigma": [1.0, 1.0]}
     degradation = Degradation(DegradationSettings(**settings))
     draw = degradation.draw(len(photos), seeded(0))
     single, double = (degradation.apply(photos.to(dtype), draw) for dtype in (torch.float32, torch.float64))
     assert double.dtype == torch.float64 and torch.equal((255 * double).round() / 255, double)
     # Rounding goes another way where a value is all but in the middle of two levels, or of two steps of the JPEG.
-    assert ((255 * (double - single)).abs() > 0.5).float().mean() < 2e-2
+    assert ((255 * (double - single)).abs() > 0.5).float().mean() < 2e-3
 
 
 def test_the_smallest_size_will_do_for_the_strongest_resize():

@@ -363,6 +363,7 @@ def test_sweep_on_the_command_line(folder):
         (["--model", "tiny", "--lq", "lq", "--metric", "psnr"], "psnr_y"),
         (["--model", "tiny", "--lq", "lq", "--metric", "lpips,niqe"], "lpips need HR images: give --gt"),
         (["--results", "other", "--gt", "gt", "--steps", "3"], "'--steps': is for a model, not for given results"),
+        (["--results", "other", "--gt", "gt", "--seed", "0"], "'--seed': is for a model, not for given results"),
         (["--model", "tiny", "--lq", "lq", "--tile-size", "33"], "tile_size"),
         (["--model", "tiny", "--lq", "lq", "--color-fix", "sepia"], "--color-fix"),
     ],

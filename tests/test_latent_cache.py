@@ -89,6 +89,12 @@ def test_fingerprint_follows_what_the_encoder_computes(tmp_path):
     vae = small_vae()
     vae.save_pretrained(tmp_path / "vae")
     assert vae_fingerprint(AutoencoderKL.from_pretrained(tmp_path / "vae")) == vae_fingerprint(vae)
+    other_decoder = small_vae()
+    with torch.no_grad():
+        next(other_decoder.decoder.parameters()).add_(1)
+    assert vae_fingerprint(other_decoder) == vae_fingerprint(vae)
+    compiled = [torch.compile(model) for model in (vae, small_vae(seed=1))]
+    assert vae_fingerprint(compiled[0]) != vae_fingerprint(compiled[1])
     changed = small_vae()
     with torch.no_grad():
         next(changed.encoder.parameters()).view(-1)[0] += 1e-3

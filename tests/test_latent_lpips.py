@@ -373,6 +373,10 @@ def test_a_resumed_run_is_an_uninterrupted_one(scripts, triplets, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         train(scripts, triplets, tmp_path / "parts", *schedule)
     monkeypatch.setattr(train_latent_lpips, "save_atomically", save)
+    with pytest.raises(SystemExit, match="`output_dir=.*parts'` holds a checkpoint of another run: continue it with"):
+        train(scripts, triplets, tmp_path / "parts", *schedule)
+    with pytest.raises(SystemExit, match="`epochs=3` contradicts the run to resume, where it is 2: choose"):
+        train(scripts, triplets, tmp_path / "parts", "--epochs", "3", "--decay_epochs", "2", "--resume")
     metrics = train(scripts, triplets, tmp_path / "parts", *schedule, "--resume")
     assert [record["epoch"] for record in metrics["history"]] == [0, 1, 2, 3, 4]
     assert_same(load_latent_lpips(tmp_path / "parts"), load_latent_lpips(tmp_path / "whole").state_dict())
@@ -391,4 +395,4 @@ def test_bad_triplets_are_left_out_and_named(scripts, triplets, tmp_path, capsys
     for fault, expected in zip(metrics["left_out"], ["is missing", "is unreadable", "is not in [0, 1]"]):
         assert expected in fault
     with pytest.raises(SystemExit, match=r"empty/train has to hold triplets in BAPPS' layout .*, but has none\."):
-        train(scripts, tmp_path / "empty", tmp_path / "out")
+        train(scripts, tmp_path / "empty", tmp_path / "other")

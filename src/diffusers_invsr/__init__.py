@@ -13,7 +13,7 @@ from .prompt_embeds import InvSRPromptEmbeds
 from .scheduling_invsr import InvSRScheduler
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "TINY",

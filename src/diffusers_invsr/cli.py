@@ -130,7 +130,7 @@ def upscale(
     """
     # 1. What to do, before anything heavy is loaded
     tile_side = parse_tile_size(tile_size)
-    out = out.expanduser()
+    out = Path(os.path.expanduser(out))
     outputs, num_missing = plan(inputs, out, image_format, suffix)
     existing = {} if overwrite else {source: target for source, target in outputs.items() if target.exists()}
     for source, target in existing.items():
@@ -173,9 +173,11 @@ def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     if not (to_file and folder == out) and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise typer.BadParameter(f"{out} cannot be made, since {folder} cannot be written to.", param_hint="'--out'")
-    images, missing = find_images(inputs, out, suffix)
+    images, missing, results = find_images(inputs, out, suffix)
     for text in missing:
         report(f"{text}: no such image")
+    if results:
+        typer.echo(f"{len(results)} files left out, which have the names of results ({suffix})")
     if not images:
         raise typer.BadParameter("there is no image to enlarge.", param_hint="'INPUTS'")
     if to_file:

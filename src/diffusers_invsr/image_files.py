@@ -30,7 +30,7 @@ TIFF_PAYLOAD_TAGS = {700, 34675}  # XMP, ICC profile
 FOREIGN_COLOR_SPACES = {"L": (b"RGB ", b"CMYK", b"Lab "), "RGB": (b"GRAY", b"CMYK", b"Lab ")}
 
 
-def find_images(inputs: list[str], out: Path, suffix: str = "") -> tuple[dict[Path, Path], list[str]]:
+def find_images(inputs: list[str], out: Path, suffix: str = "") -> tuple[dict[Path, Path], list[str], set[Path]]:
     r"""
     Find the files that the inputs stand for, each once, in the order of the inputs.
 
@@ -40,15 +40,16 @@ def find_images(inputs: list[str], out: Path, suffix: str = "") -> tuple[dict[Pa
             `[...]` and `**`. What is hidden is left out.
         out (`Path`): Where results go. If it lies inside a folder that is searched, it is left out.
         suffix (`str`, *optional*):
-            What is added to the names of results. Where `out` is itself the folder that is searched, files with such
-            names beside those they can be made of are left out.
+            What is added to the names of results. Where `out` is itself a folder that is searched, files there with
+            the name of a result of one of the images are taken for that and left out.
 
     Returns:
         `dict[Path, Path]`: For each file, its name below the output folder. Files in a folder keep their subfolder, as
         do files that a pattern matched, below its part without wildcards.
         `list[str]`: Inputs for which there is nothing.
+        `set[Path]`: Files that were left out as results.
     """
-    found, missing, seen = {}, [], set()
+    found, missing, seen, beside = {}, [], set(), set()
     out = out.resolve()
     for text in inputs:
         path = Path(text if os.path.lexists(text) else os.path.expanduser(text))
@@ -63,8 +64,8 @@ def find_images(inputs: list[str], out: Path, suffix: str = "") -> tuple[dict[Pa
             files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
         if root.resolve() in out.parents:
             files = [file for file in files if path == file or out not in file.resolve().parents]
-        elif suffix and root.resolve() == out and files != [path]:
-            files = without_results(files, suffix)
+        elif root.resolve() == out and files != [path]:
+            beside |= {Path(os.path.abspath(file)) for file in files}
         for file in files:
             name = file.relative_to(root)
             # Links can show one file under many names; all but the first are left out, unless they were asked for.
@@ -75,15 +76,15 @@ def find_images(inputs: list[str], out: Path, suffix: str = "") -> tuple[dict[Pa
             found.setdefault(Path(os.path.abspath(file)), Path(name.name) if ".." in name.parts else name)
         if not files:
             missing.append(text)
-    return found, missing
-
-
-def without_results(files: list[Path], suffix: str) -> list[Path]:
-    """The files but those that an earlier run can have made of others among them, in the same folder."""
-    sources = {file.with_suffix("") for file in files}
-    name = re.compile(rf"(.+){re.escape(suffix)}(_\d+)?")
-    made_of = {file: match[1] for file in files if (match := name.fullmatch(file.stem))}
-    return [file for file in files if file not in made_of or file.with_name(made_of[file]) not in sources]
+    results = set()
+    if suffix and beside:
+        name_of_result = re.compile(rf"(.+){re.escape(suffix)}(_\d+)?")
+        names = {name.with_suffix("") for name in found.values()}
+        for file in beside & found.keys():
+            match = name_of_result.fullmatch(found[file].stem)
+            if match and found[file].with_name(match[1]) in names:
+                results.add(file)
+    return {file: name for file, name in found.items() if file not in results}, missing, results
 
 
 def images_below(folder: Path) -> list[Path]:

@@ -84,7 +84,8 @@ class FixedPromptMixin:
             `None` for what is not needed, both if the UNet takes no text.
 
         Raises:
-            ValueError: If the UNet takes text and there is neither a text encoder nor embeddings.
+            ValueError: If the UNet takes text and there is neither a text encoder nor embeddings, or if the two
+                embeddings differ in their number of tokens.
         """
         if not self.takes_text:
             return None, None
@@ -101,8 +102,8 @@ class FixedPromptMixin:
         negative_prompt_embeds = negative_prompt_embeds.to(device=device, dtype=dtype_of(self.unet))
         if negative_prompt_embeds.shape[1] != prompt_embeds.shape[1]:
             raise ValueError(
-                f"`negative_prompt_embeds` has to have {prompt_embeds.shape[1]} tokens like `prompt_embeds`, but its"
-                f" shape is {tuple(negative_prompt_embeds.shape)}."
+                f"`prompt_embeds` has {prompt_embeds.shape[1]} tokens, but the negative prompt"
+                f" {negative_prompt_embeds.shape[1]}: give embeddings of both with as many."
             )
         return prompt_embeds, negative_prompt_embeds
 
@@ -140,6 +141,12 @@ class FixedPromptMixin:
                     f"`{name}_embeds` has to be a tensor of shape (1 or {num_images}, tokens, {width}), but its shape"
                     f" is {shape}."
                 )
+        lengths = {embeds.shape[1] for embeds in (prompt_embeds, negative_prompt_embeds) if embeds is not None}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"`negative_prompt_embeds` has to have {prompt_embeds.shape[1]} tokens like `prompt_embeds`, but its"
+                f" shape is {tuple(negative_prompt_embeds.shape)}."
+            )
         if not is_real(guidance_scale):
             raise ValueError(f"`guidance_scale` has to be a finite number, but is {guidance_scale!r}.")
         if guidance_scale > 1 and not self.takes_text:

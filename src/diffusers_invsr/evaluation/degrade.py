@@ -101,7 +101,7 @@ def degrade_folder(
         raise FileExistsError(
             f"`out` has to be a new folder, or a test set to replace with `overwrite`, but {out} exists."
         )
-    sources, _ = find_images([str(hr)], out)
+    sources, *_ = find_images([str(hr)], out)
 
     work = out.absolute().with_name(f".diffusers-invsr-{uuid4().hex}.tmp")
     images = {}

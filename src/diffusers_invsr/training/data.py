@@ -342,7 +342,7 @@ def _collate(samples: list[Sample]) -> dict[str, Any]:
 
 
 def _leave_process_group(worker: int):
-    """Signals to a whole group, of Ctrl-C and of launchers, are for the training, which needs its workers to stop."""
+    """Ctrl-C and launchers signal the whole group; the training needs its workers until it has stopped by itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()

@@ -33,8 +33,8 @@ YCC_TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
 def jpeg_codec(images: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
     r"""
     Compress and decompress, with the colours at half the resolution. Other than libjpeg, it takes and gives pixels
-    that are not rounded to 8 bits. It rounds as JPEG does, so it is not differentiable (as is
-    `kornia.enhance.jpeg_codec_differentiable`, which keeps a part of what quantisation takes away).
+    that are not rounded to 8 bits. It rounds as JPEG does, so it is not differentiable, unlike
+    `kornia.enhance.jpeg_codec_differentiable`, which keeps a part of what quantisation takes away.
 
     Args:
         images (`torch.Tensor`): RGB images `(B, 3, H, W)` in [0, 1], float32 or float64.
@@ -48,7 +48,7 @@ def jpeg_codec(images: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
     pixels = 255 * pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
     ycc = torch.einsum("cd,bdhw->bchw", torch.tensor(RGB_TO_YCC, **constants), pixels)
 
-    # Of quality 50's steps, an integer as in libjpeg
+    # Of the steps of quality 50; whole, as in libjpeg
     percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality).floor().to(**constants)[:, None]
     luma_steps, chroma_steps = (
         (percent * torch.tensor(table, **constants).flatten() / 100).add(0.5).floor().clamp(1, 255)

@@ -98,7 +98,9 @@ class LatentCache:
 
 def vae_fingerprint(vae: torch.nn.Module) -> str:
     """Identify what a VAE's encoder computes; see [`~diffusers_invsr.files.module_fingerprint`]."""
-    return module_fingerprint(vae, ("encoder.", "quant_conv."))
+    parts = ("encoder.", "quant_conv.")
+    known = any(name.startswith(parts) for name in vae.state_dict())  # not under the names of `torch.compile`
+    return module_fingerprint(vae, parts if known else ("",))
 
 
 def _checksum(tensor: torch.Tensor) -> str:
