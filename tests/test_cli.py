@@ -184,7 +184,7 @@ def test_results_beside_their_images_are_no_inputs_of_the_next_run(folder, model
     files = names_in("photos")
     assert len(files) == 8 and {"a_x4.png", "a_x4_2.png", "below/b_x4.png", "c_x4_x4.png"} <= set(files)
     output = run(*options)
-    assert "4 files left out, which have the names of results (_x4)" in output
+    assert "4 left out: by their names (_x4) they are results" in output
     assert "0 enlarged, 4 skipped, 0 failed" in output
     assert names_in("photos") == files
     # Of an image of another folder, too

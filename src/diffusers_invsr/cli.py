@@ -177,7 +177,7 @@ def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[
     for text in missing:
         report(f"{text}: no such image")
     if results:
-        typer.echo(f"{len(results)} files left out, which have the names of results ({suffix})")
+        typer.echo(f"{len(results)} left out: by their names ({suffix}) they are results")
     if not images:
         raise typer.BadParameter("there is no image to enlarge.", param_hint="'INPUTS'")
     if to_file:
