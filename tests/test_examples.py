@@ -408,7 +408,8 @@ def test_a_model_between_two(tmp_path, weight, extra_layers):
             share = 0 if name == "vae" and not key.startswith("decoder") else 0.5 if new else 0.5 * weight
             torch.testing.assert_close(value, before[name][key] + share)
     card = (tmp_path / "between" / "README.md").read_text()
-    assert "license: cc0-1.0" in card and "The first:\n\nNot stated.\n\nThe second:\n\n| of the other |" in card
+    assert "license: other" in card and "license_name: cc0-1.0 and mit" in card
+    assert "The first:\n\nNot stated.\n\nThe second:\n\n| of the other |" in card
     assert f"{1 - weight:g} of the first and {weight:g} of the second" in card
     with pytest.raises(SystemExit):
         interpolate_predictors.main([*arguments, "0.5"])  # the folder exists

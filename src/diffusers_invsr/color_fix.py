@@ -39,6 +39,12 @@ def ycbcr_color_fix(content: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
     return torch.einsum("ij,bjhw->bihw", torch.linalg.inv(matrix), ycbcr).clamp(0, 1)
 
 
+def adain_color_fix(content: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
+    """`content` with each channel's mean and standard deviation (unbiased variance + 1e-5) of `style`."""
+    (content_mean, content_std), (style_mean, style_std) = _mean_and_std([content]), _mean_and_std([style])
+    return (content - content_mean) / content_std * style_std + style_mean
+
+
 def _mean_and_std(bands) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and sqrt(unbiased variance + 1e-5) of each image and channel, over bands of rows, in float64."""
     count, total, squares = 0, 0, 0
@@ -67,7 +73,7 @@ def apply_color_fix(image: torch.Tensor, style_rows: Callable[[int, int], torch.
     """
     height = image.shape[-2]
     bands = [(start, min(start + BAND_HEIGHT, height)) for start in range(0, height, BAND_HEIGHT)]
-    if method == "adain":  # each channel's mean and standard deviation
+    if method == "adain":
         content_mean, content_std = _mean_and_std([image])
         style_mean, style_std = _mean_and_std(style_rows(*band) for band in bands)
         return image.sub_(content_mean).div_(content_std).mul_(style_std).add_(style_mean).clamp_(0, 1)

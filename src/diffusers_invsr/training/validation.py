@@ -1,10 +1,10 @@
 """What a model under training makes of a fixed set of images."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from PIL import Image, ImageDraw
 
 from ..image_files import read_image
@@ -14,7 +14,7 @@ from ..pipeline_invsr import InvSRPipeline
 from .degradation import Degradation, EvaluationDegradationSettings
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 STEPS = {"1_step": 1, "3_steps": 3}
 LABEL_HEIGHT = 16
