@@ -20,6 +20,11 @@ FIXTURES = Path(__file__).parent / "fixtures"
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
+def pytest_configure(config: pytest.Config):
+    if config.option.markexpr != "long":
+        torch.set_num_threads(1)  # several only slow such small models down
+
+
 @pytest.fixture(scope="session")
 def cases() -> dict:
     """Configurations and parameters of the reference cases."""
