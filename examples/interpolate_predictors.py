@@ -40,16 +40,18 @@ def deepen_like(first: InvSRNoisePredictor, second: InvSRNoisePredictor) -> InvS
 
 def card_of_both(first: InvSRPipeline, second: InvSRPipeline, weight: float) -> dict[str, str]:
     """The first pipeline's card, with the licence, data and training of both."""
-    card, other = card_metadata(first), card_metadata(second)
-    licences = [each.get("license_name") or each.get("license") or "not stated" for each in (card, other)]
+    cards = {"first": card_metadata(first), "second": card_metadata(second)}
+    card = dict(cards["first"])
+    licences = [each.get("license_name") or each.get("license") or "not stated" for each in cards.values()]
     if licences[0] != licences[1]:
         card.pop("license_link", None)
         card |= {"license": "other", "license_name": " and ".join(licences)}
     card["training"] = f"Between two models: {1 - weight:g} of the first and {weight:g} of the second."
-    for name, each in (("first", card_metadata(first)), ("second", other)):
+    for name, each in cards.items():
         card["training"] += f"\n\nThe {name}:\n\n{each.get('training') or 'Not stated.'}"
-    if card.get("training_data") != other.get("training_data"):
-        texts = (each.get("training_data") or "Not stated." for each in (card, other))
+    data = [each.get("training_data") for each in cards.values()]
+    if data[0] != data[1]:
+        texts = (text or "Not stated." for text in data)
         card["training_data"] = "The first model: {}\n\nThe second: {}".format(*texts)
     return card
 

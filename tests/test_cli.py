@@ -30,15 +30,6 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 CMYK = b"\0" * 16 + b"CMYK" + b"\0" * 108
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads only slow such small models down."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """Folder of a pipeline shaped as the embedded one."""

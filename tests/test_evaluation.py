@@ -31,15 +31,6 @@ FAST = ("psnr_y", "ssim_y", "gradient_ratio")
 UNTILED = ("--tile-size", "none")  # a tile would be many times as large as these images
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads only slow such small models down."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture(scope="module")
 def pipe() -> InvSRPipeline:
     pipe = InvSRPipeline.from_pretrained(TINY)

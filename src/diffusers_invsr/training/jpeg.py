@@ -1,5 +1,7 @@
 """JPEG as a decoder shows it, for batches of images on any device, each with a quality of its own."""
 
+from functools import cache
+
 import torch
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
@@ -43,30 +45,38 @@ def jpeg_codec(images: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: Images like the given ones.
     """
-    constants = {"dtype": images.dtype, "device": images.device}
+    to_ycc, to_rgb, luma_table, chroma_table, transform = _constants(images.dtype, images.device)
     height, width = images.shape[-2:]
     pixels = 255 * pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
-    ycc = torch.einsum("cd,bdhw->bchw", torch.tensor(RGB_TO_YCC, **constants), pixels)
+    ycc = torch.einsum("cd,bdhw->bchw", to_ycc, pixels)
 
     # Of the steps of quality 50; whole, as in libjpeg
-    percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality).floor().to(**constants)[:, None]
+    percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality).floor().to(images)[:, None]
     luma_steps, chroma_steps = (
-        (percent * torch.tensor(table, **constants).flatten() / 100).add(0.5).floor().clamp(1, 255)
-        for table in (LUMA_TABLE, CHROMA_TABLE)
+        (percent * table / 100).add(0.5).floor().clamp(1, 255) for table in (luma_table, chroma_table)
     )
-    luma = quantize(ycc[:, :1] - 128, luma_steps) + 128
-    chroma = interpolate(quantize(avg_pool2d(ycc[:, 1:], 2), chroma_steps), scale_factor=2, mode="bilinear")
+    luma = quantize(ycc[:, :1] - 128, luma_steps, transform) + 128
+    chroma = quantize(avg_pool2d(ycc[:, 1:], 2), chroma_steps, transform)
+    chroma = interpolate(chroma, scale_factor=2, mode="bilinear")
 
-    pixels = torch.einsum("cd,bdhw->bchw", torch.tensor(YCC_TO_RGB, **constants), torch.cat([luma, chroma], dim=1))
+    pixels = torch.einsum("cd,bdhw->bchw", to_rgb, torch.cat([luma, chroma], dim=1))
     return (pixels[..., :height, :width] / 255).clamp(0, 1)
 
 
-def quantize(channels: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """Channels `(B, C, H, W)`, the cosine transform of each 8x8 block rounded to multiples of `steps` `(B, 64)`."""
+@cache
+def _constants(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Colours there and back, both tables, and the cosine transform of a block `(64, 64)`: once on a device."""
     index = torch.arange(8, dtype=torch.float64)
     transform = torch.cos((index + 0.5) * index[:, None] * torch.pi / 8) / 2
     transform[0] /= 2**0.5  # orthonormal
-    transform = torch.kron(transform, transform).to(channels)
+    tables = (torch.tensor(table).flatten() for table in (LUMA_TABLE, CHROMA_TABLE))
+    colors = (torch.tensor(matrix, dtype=torch.float64) for matrix in (RGB_TO_YCC, YCC_TO_RGB))
+    constants = (*colors, *tables, torch.kron(transform, transform))
+    return tuple(constant.to(device, dtype) for constant in constants)
+
+
+def quantize(channels: torch.Tensor, steps: torch.Tensor, transform: torch.Tensor) -> torch.Tensor:
+    """Channels `(B, C, H, W)`, the `transform` of each 8x8 block rounded to multiples of `steps` `(B, 64)`."""
     blocks = channels.unfold(2, 8, 8).unfold(3, 8, 8).flatten(-2)  # (B, C, H / 8, W / 8, 64)
     steps = steps[:, None, None, None]
     # Halves, which flat areas can have, go away from zero as in libjpeg, by a bias that is more than float64's errors:
