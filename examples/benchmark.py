@@ -182,13 +182,13 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def rehearse(run: Callable, device: torch.device) -> tuple[float, float | None, np.ndarray]:
-    """Seconds of a run, the most memory it takes beyond what was held before, in MB, and its result."""
+    """Seconds of a run, the most memory it takes beyond what was held before, in MB, and its results in 8 bits."""
     return_free_memory()
     with PeakMemory(device) as memory:
         start = time.perf_counter()
-        output = run()  # a result on the CPU: the device has done its work
+        results = run()  # on the CPU: the device has done its work
         seconds = time.perf_counter() - start
-    return seconds, memory.growth, output
+    return seconds, memory.growth, np.stack([np.array(result) for result in results])
 
 
 def prepare(runner: Runner, run: Callable, warmup: int, device: torch.device) -> tuple[Measured, np.ndarray]:

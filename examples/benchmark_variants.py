@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 
-import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
@@ -153,7 +152,7 @@ def enlarge_as_published(
     for image, generator in zip(images, generators):
         inputs = pipe.image_processor.preprocess(image)
         grid = pipe.cut_into_tiles(inputs, None, None, tile_size, tile_size // 2 if tile_size else None)
-        blender = pipe.prepare_blender(grid, 1, "pil")
+        blender = pipe.prepare_blender(grid, "pil")
         for corner in grid:
             prompt_embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, device=pipe.device)
             lr = grid.cut(*corner)[0].to(pipe.device)
@@ -167,7 +166,7 @@ def enlarge_as_published(
             blender.add(pipe.decode_image(latents), *corner)
         if not blender.sum.isfinite().all():
             raise FloatingPointError(f"the published procedure's result is not finite in {pipe.vae.dtype}")
-        results += pipe.image_processor.postprocess([blender.sum], inputs, "pil")
+        results.append(pipe.image_processor.postprocess(blender.sum[0].clamp_(0, 1), inputs[0], "pil"))
     return results
 
 
@@ -302,14 +301,13 @@ class Runner:
         elif self.settings.compile == "regional":
             self.pipe.unet.compile_repeated_blocks()
 
-    def run(self, images: list[Image.Image], num_steps: int) -> np.ndarray:
-        """The results `(images, height, width, channels)` in 8 bits; the same noise each time and in all variants."""
+    def run(self, images: list[Image.Image], num_steps: int) -> list[Image.Image]:
+        """The results; the same noise each time and in all variants."""
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(images))]
         settings, pipe = self.settings, self.pipe
         if self.variant.published:
             with pipe.upcast():
-                results = enlarge_as_published(pipe, images, generators, num_steps, settings.tile_size)
-            return np.stack([np.array(result) for result in results])
+                return enlarge_as_published(pipe, images, generators, num_steps, settings.tile_size)
         options = {
             "num_steps": num_steps,
             "tile_size": settings.tile_size,
@@ -318,7 +316,5 @@ class Runner:
             "prompt": pipe.config.prompt if settings.text == "call" else None,
         }
         if settings.pool == "yes":
-            results = pipe(images, generator=generators, **options).images
-        else:
-            results = [pipe(image, generator=seed, **options).images[0] for image, seed in zip(images, generators)]
-        return np.stack([np.array(result) for result in results])
+            return pipe(images, generator=generators, **options).images
+        return [pipe(image, generator=seed, **options).images[0] for image, seed in zip(images, generators)]

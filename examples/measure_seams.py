@@ -75,7 +75,7 @@ class Enlarger:
 
     def __call__(self, grid: TileGrid) -> np.ndarray:
         """The enlarged image `(height, width, 3)` in levels of 255, not rounded."""
-        blender = self.pipe.prepare_blender(grid, 1, "pt")
+        blender = self.pipe.prepare_blender(grid, "pt")
         for corner in grid:
             key = (grid.rows.tile_length, grid.columns.tile_length, *corner)
             if key not in self.tiles:

@@ -153,23 +153,22 @@ def test_unusable_images_are_refused(image, error, message):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])
 def test_results_come_back_in_the_inputs_mode(mode):
-    inputs = processor.preprocess(picture(mode))
-    result = torch.full((1, 3, 16, 24), 0.5)
-    (image,) = processor.postprocess([result], inputs, "pil")
+    (item,) = processor.preprocess(picture(mode))
+    result = torch.full((3, 16, 24), 0.5)
+    image = processor.postprocess(result, item, "pil")
     assert image.mode == mode and image.size == (24, 16)
     assert image.convert("L").getpixel((3, 3)) == 128
     if "A" in mode:
         expected = picture(mode).getchannel("A").resize((24, 16), Image.Resampling.LANCZOS)
         assert np.array_equal(np.array(image.getchannel("A")), np.array(expected))
     channels = 4 if "A" in mode else 3
-    assert processor.postprocess([result], inputs, "pt").shape == (1, channels, 16, 24)
-    array = processor.postprocess([result], inputs, "np")
+    results = [processor.postprocess(result, item, "np")]
+    assert processor.collect(results, "pt").shape == (1, channels, 16, 24)
+    array = processor.collect(results, "np")
     assert array.shape == (1, 16, 24, channels) and array.min() >= 0 and array.max() <= 1
 
 
 def test_results_of_several_sizes_come_as_a_list():
-    inputs = processor.preprocess([picture("RGB"), picture("RGB", (4, 4))])
-    results = [torch.zeros(1, 3, 16, 24), torch.zeros(1, 3, 16, 16)]
-    assert [image.size for image in processor.postprocess(results, inputs, "pil")] == [(24, 16), (16, 16)]
-    assert [array.shape for array in processor.postprocess(results, inputs, "np")] == [(16, 24, 3), (16, 16, 3)]
-    assert [tensor.shape for tensor in processor.postprocess(results, inputs, "pt")] == [(3, 16, 24), (3, 16, 16)]
+    results = [torch.zeros(3, 16, 24), torch.zeros(3, 16, 16)]
+    assert [array.shape for array in processor.collect(results, "np")] == [(16, 24, 3), (16, 16, 3)]
+    assert [tensor.shape for tensor in processor.collect(results, "pt")] == [(3, 16, 24), (3, 16, 16)]

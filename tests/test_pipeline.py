@@ -377,6 +377,23 @@ def test_tiles_of_different_images_are_pooled(pipe):
     assert set(batches[:-1]) == {4} and 1 <= batches[-1] <= 4
 
 
+@pytest.mark.parametrize("color_fix", [None, "wavelet", "ycbcr", "adain"])
+def test_images_of_one_size_are_finished_one_by_one(pipe, monkeypatch, color_fix):
+    """Each while the next but one is not begun yet, and as it is alone."""
+    images = [photo(16, 24, seed=seed)[0] for seed in range(3)]
+    alone = [pipe(image, tile_size=None, generator=generator(0), color_fix=color_fix)[0] for image in images]
+    events, postprocess = [], pipe.pipeline.image_processor.postprocess
+    pipe.pipeline.unet.register_forward_pre_hook(lambda *_: events.append("compute"))
+    monkeypatch.setattr(
+        pipe.pipeline.image_processor, "postprocess", lambda *args: [events.append("finish"), postprocess(*args)][1]
+    )
+    generators = [generator(0) for _ in images]
+    together = pipe(images, tile_size=None, generator=generators, color_fix=color_fix)
+    assert events == ["compute", "compute", "finish", "compute", "finish", "finish"]
+    for ours, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
 def test_embeddings_of_each_image_stay_with_it(pipe, prompt_embeds):
     images = [photo(16, 24)[0], photo(24, 16, seed=1)[0]]
     embeds = torch.cat([prompt_embeds["prompt_embeds"], prompt_embeds["negative_prompt_embeds"]])

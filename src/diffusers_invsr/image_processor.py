@@ -147,33 +147,43 @@ class InvSRImageProcessor:
             )
         return pixels.astype(np.float32)
 
-    def postprocess(
-        self, images: list[torch.Tensor], inputs: list[InputImage], output_type: str
-    ) -> list[Image.Image] | list | np.ndarray | torch.Tensor:
+    def postprocess(self, result: torch.Tensor, item: InputImage, output_type: str) -> Image.Image | torch.Tensor:
         r"""
-        Give results in the type that was asked for, with the transparency of the inputs enlarged by Lanczos.
+        Give a result the kind of its input, with the transparency of the latter enlarged by Lanczos.
 
         Args:
-            images (`list[torch.Tensor]`): A result `(batch, channels, height, width)` in [0, 1] for each run of
-                inputs of one size, in the order of `inputs`. Float32, on the CPU.
-            inputs (`list[InputImage]`): The inputs.
+            result (`torch.Tensor`): Result `(channels, height, width)` in [0, 1]. Float32, on the CPU.
+            item ([`InputImage`]): The input.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
 
         Returns:
-            A list of PIL images (grey where the input was); an array `(B, H, W, C)` or a tensor `(B, C, H, W)` in
-            [0, 1], with 4 channels where the inputs had transparency; latents as they are. Results of different shapes
-            come as a list of `(H, W, C)` or `(C, H, W)`.
+            A PIL image (grey where the input was), or a tensor for [`~InvSRImageProcessor.collect`]: with 4 channels
+            where the input had transparency; latents as they are.
         """
         if output_type == "pil":
-            results = [result for batch in images for result in batch]
-            return [self._to_pil(result, item) for result, item in zip(results, inputs)]
-        if output_type != "latent" and any(item.alpha for item in inputs):
-            results = [result for batch in images for result in batch]
-            images = [self._with_alpha(result, item.alpha)[None] for result, item in zip(results, inputs)]
-        if len({batch.shape[1:] for batch in images}) > 1:
-            results = [result for batch in images for result in batch]
+            return self._to_pil(result, item)
+        return result if output_type == "latent" else self._with_alpha(result, item.alpha)
+
+    @staticmethod
+    def collect(
+        results: list[Image.Image] | list[torch.Tensor], output_type: str
+    ) -> list[Image.Image] | list | np.ndarray | torch.Tensor:
+        r"""
+        Results of [`~InvSRImageProcessor.postprocess`] in the type that was asked for.
+
+        Args:
+            results (`list`): PIL images or tensors `(C, H, W)`.
+            output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
+
+        Returns:
+            The PIL images; an array `(B, H, W, C)` or a tensor `(B, C, H, W)`, or where shapes differ a list of
+            `(H, W, C)` or `(C, H, W)`.
+        """
+        if output_type == "pil":
+            return results
+        if len({result.shape for result in results}) > 1:
             return [result.permute(1, 2, 0).numpy() for result in results] if output_type == "np" else results
-        batch = images[0] if len(images) == 1 else torch.cat(images)
+        batch = results[0][None] if len(results) == 1 else torch.stack(results)
         return batch.permute(0, 2, 3, 1).numpy() if output_type == "np" else batch
 
     @staticmethod

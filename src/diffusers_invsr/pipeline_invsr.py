@@ -445,16 +445,17 @@ class InvSRPipeline(
             fit=auto and not self.is_compiled,
         )
 
-    def prepare_blender(self, grid: TileGrid, batch_size: int, output_type: str) -> TileBlender:
-        """Sums up the results of a grid's tiles: images at the target size, or latents with the padding."""
+    def prepare_blender(self, grid: TileGrid, output_type: str) -> TileBlender:
+        """Sums up the results of an image's tiles: an image at the target size, or latents with the padding."""
         if output_type == "latent":
             latents_per_lr = self.config.scale / self.vae_scale_factor
-            return TileBlender(grid, (batch_size, self.vae.config.latent_channels), latents_per_lr, crop=False)
-        return TileBlender(grid, (batch_size, 3), self.config.scale)
+            return TileBlender(grid, (1, self.vae.config.latent_channels), latents_per_lr, crop=False)
+        return TileBlender(grid, (1, 3), self.config.scale)
 
     def draw_tiles(
         self,
-        runs: list[tuple[slice, TileGrid, TileBlender]],
+        runs: list[tuple[slice, TileGrid]],
+        blenders: dict[int, TileBlender],
         num_maps: int,
         generator: torch.Generator | list[torch.Generator] | None,
         device: torch.device,
@@ -463,24 +464,26 @@ class InvSRPipeline(
         Cut tiles and draw their noise, tile by tile, so that results do not depend on how tiles are batched.
 
         Args:
-            runs (`list[tuple[slice, TileGrid, TileBlender]]`): Images of one size, their grid and their blender.
+            runs (`list[tuple[slice, TileGrid]]`): Images of one size and their grid.
+            blenders (`dict[int, TileBlender]`): What takes the results, by the number of the image.
             num_maps (`int`): As in [`~InvSRPipeline.prepare_noise`].
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): As in [`~InvSRPipeline.__call__`].
             device (`torch.device`): Where noise is drawn if there is no generator.
         """
-        for run, grid, blender in runs:
+        for run, grid in runs:
             run_generator = list(generator[run]) if isinstance(generator, (list, tuple)) else generator
-            for corner in grid:
-                lr, enlarged = grid.cut(*corner)
+            for count, (top, left) in enumerate(grid, start=1):
+                lr, enlarged = grid.cut(top, left)
                 noise = self.prepare_noise(len(lr), *lr.shape[-2:], num_maps, run_generator, device)
-                for i in range(len(lr)):
+                for i, image in enumerate(range(run.start, run.stop)):
                     part = slice(i, i + 1)
                     yield Tile(
                         lr[part],
                         None if enlarged is None else enlarged[part],
                         noise[:, part],
-                        run.start + i,
-                        partial(blender.add, top=corner[0], left=corner[1], images=part),
+                        image,
+                        count == len(grid),
+                        partial(blenders[image].add, top=top, left=left),
                     )
 
     @torch.no_grad()
@@ -635,17 +638,18 @@ class InvSRPipeline(
         )
 
         # 4. Cut the images into tiles; images of one size that follow one another share a grid
-        runs = []
+        runs, blenders = [], {}
         for _, members in groupby(range(len(inputs)), key=lambda i: inputs[i].pixels.shape):
             members = list(members)
             run = slice(members[0], members[-1] + 1)
             grid = self.cut_into_tiles(inputs[run], scale, target_size, tile_size, tile_overlap, tile_window)
-            runs.append((run, grid, self.prepare_blender(grid, len(members), output_type)))
+            runs.append((run, grid))
+            blenders |= {number: self.prepare_blender(grid, output_type) for number in members}
         num_maps = 2 + (len(indices) - 1 if eta > 0 else 0)
         source = generator[0] if isinstance(generator, (list, tuple)) else generator
         noise_device = device if source is None else source.device  # it goes to the device with its batch
-        pool = TilePool(self.draw_tiles(runs, num_maps, generator, noise_device), tile_batch_size)
-        num_tiles = sum(len(grid) * (run.stop - run.start) for run, grid, _ in runs)
+        pool = TilePool(self.draw_tiles(runs, blenders, num_maps, generator, noise_device), tile_batch_size)
+        num_tiles = sum(len(grid) * (run.stop - run.start) for run, grid in runs)
 
         def enlarge(tiles: list[Tile]) -> torch.Tensor:
             self._guidance_scale = guidance_scale  # a callback may have changed it for the tiles before
@@ -662,9 +666,22 @@ class InvSRPipeline(
             # 7. Decode
             return latents if output_type == "latent" else self.decode_image(latents)
 
-        # 8. Do so for one batch of tiles after another, and blend them
+        # 8. Do so for one batch of tiles after another, and blend them. An image whose tiles are all blended gets the
+        # type that was asked for at once, while the device computes the next batch
+        images = {}
+
+        def finish(number: int):
+            run, grid = next((run, grid) for run, grid in runs if number < run.stop)
+            result = blenders.pop(number).sum
+            if color_fix is not None:
+                part = slice(number - run.start, number - run.start + 1)
+                apply_color_fix(result, partial(grid.enlarged_rows, images=part), color_fix)
+            elif output_type != "latent":
+                result.clamp_(0, 1)  # the weights of tiles sum to 1 but for rounding
+            images[number] = self.image_processor.postprocess(result[0], inputs[number], output_type)
+
         enlarge_batch = partial(enlarge_within_memory, enlarge, pool=pool)
-        blended = TileResults(redo=partial(self.redo_in_float32, enlarge_batch))
+        blended = TileResults(partial(self.redo_in_float32, enlarge_batch), finish)
         with self.progress_bar(total=len(indices) * num_tiles) as progress_bar, self.upcast():
             for tiles in pool:
                 if self.interrupt:
@@ -672,14 +689,10 @@ class InvSRPipeline(
                 blended.put(tiles, enlarge_batch(tiles))
             blended.finish()
 
-        results = [blender.sum for _, _, blender in runs]
-        if color_fix is not None:
-            results = [apply_color_fix(blender.sum, grid.enlarged_rows, color_fix) for _, grid, blender in runs]
-        elif output_type != "latent":
-            results = [result.clamp_(0, 1) for result in results]  # the weights of tiles sum to 1 but for rounding
-
-        # 9. Give the images in the type that was asked for
-        images = self.image_processor.postprocess(results, inputs, output_type)
+        # 9. Give all images together, also those that an interruption left unfinished
+        for number in list(blenders):
+            finish(number)
+        images = self.image_processor.collect([images[number] for number in range(len(inputs))], output_type)
         self.maybe_free_model_hooks()
 
         if not return_dict:

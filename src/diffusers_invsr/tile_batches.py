@@ -18,6 +18,7 @@ class Tile:
         enlarged (`torch.Tensor`, *optional*): What the VAE sees; `None` where it is the enlargement of `lr`.
         noise (`torch.Tensor`): From [`~InvSRPipeline.prepare_noise`], `(maps, 1, channels, height, width)`.
         image (`int`): Number of the image in the call.
+        last (`bool`): Whether it is the image's last tile.
         blend (`Callable`): Takes the result `(1, channels, height, width)`.
     """
 
@@ -25,13 +26,14 @@ class Tile:
     enlarged: torch.Tensor | None
     noise: torch.Tensor
     image: int
+    last: bool
     blend: Callable[[torch.Tensor], None]
 
 
 class TilePool:
     r"""
     Puts tiles of one shape together, whichever image they are of. Iterating gives lists of `batch_size` tiles, and
-    what is left over at the end.
+    what is left over at the end. Tiles of an image, which are of one shape, stay in order.
 
     Args:
         tiles (`Iterable[Tile]`): The tiles; they are made when they are needed.
@@ -90,10 +92,11 @@ class TileResults:
 
     Args:
         redo (`Callable`): Computes a tile again whose result is not finite.
+        finish (`Callable`): Takes the number of an image whose tiles are all blended.
     """
 
-    def __init__(self, redo: Callable[[Tile], torch.Tensor]):
-        self.redo = redo
+    def __init__(self, redo: Callable[[Tile], torch.Tensor], finish: Callable[[int], None]):
+        self.redo, self.finish_image = redo, finish
         self._on_the_way = None
 
     def put(self, tiles: list[Tile], results: torch.Tensor):
@@ -125,3 +128,5 @@ class TileResults:
             event.synchronize()
         for tile, result, is_finite in zip(tiles, results.split(1), finite.tolist()):
             tile.blend(result if is_finite else self.redo(tile).cpu())
+            if tile.last:
+                self.finish_image(tile.image)

@@ -269,13 +269,13 @@ class TileGrid:
             tile = cubic_interpolate(tile, positions - first, dim, a=-0.5 if stretch > 1 else -0.75, stretch=stretch)
         return tile
 
-    def enlarged_rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of the images enlarged to the target size by antialiased bicubic interpolation."""
+    def enlarged_rows(self, start: int, stop: int, images: slice = slice(None)) -> torch.Tensor:
+        """Rows `start` to `stop` of `images` enlarged to the target size by antialiased bicubic interpolation."""
         (row_step, column_step), dtype = self.steps, torch.float64
         rows = (torch.arange(start, stop, dtype=dtype) + 0.5) * row_step - 0.5
         columns = (torch.arange(self.target_size[1], dtype=dtype) + 0.5) * column_step - 0.5
         first = max(int(rows[0]) - 3, 0)
-        band = to_float(self.pixels[..., first : int(rows[-1]) + 4, :])
+        band = to_float(self.pixels[images, :, first : int(rows[-1]) + 4])
         band = cubic_interpolate(band, rows - first, -2, a=-0.5, truncate=True)
         return cubic_interpolate(band, columns, -1, a=-0.5, truncate=True)
 
@@ -300,11 +300,16 @@ class TileBlender:
         self.weights = [axis.weights(pixels_per_lr) if len(axis.starts) > 1 else None for axis in self.axes]
         self.fronts = [int(axis.front * pixels_per_lr) if crop else 0 for axis in self.axes]
         size = grid.target_size if crop else [int(axis.padded_length * pixels_per_lr) for axis in self.axes]
-        self.sum = torch.zeros(*shape, *size)
+        self.shape = (*shape, *size)
 
-    def add(self, tile: torch.Tensor, top: int, left: int, images: slice = slice(None)):
-        """Add the result `(batch, channels, height, width)` of the tile at a corner, of all `images` or some."""
-        region, tile = self.sum[images], tile.to("cpu", torch.float32)
+    @cached_property
+    def sum(self) -> torch.Tensor:
+        """The blended images `(batch, channels, height, width)`; 0 where no tile was added yet."""
+        return torch.zeros(self.shape)
+
+    def add(self, tile: torch.Tensor, top: int, left: int):
+        """Add the result `(batch, channels, height, width)` of the tile at a corner."""
+        region, tile = self.sum, tile.to("cpu", torch.float32)
         for start, weights, front, dim in zip((top, left), self.weights, self.fronts, (-2, -1)):
             offset = int(start * self.pixels_per_lr) - front
             first, stop = max(-offset, 0), min(region.shape[dim] - offset, tile.shape[dim])
