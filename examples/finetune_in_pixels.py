@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, gather_object, set_seed
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -146,7 +146,7 @@ def prefetch(prepare: Callable[[int], tuple], numbers: range, device: torch.devi
     if device.type != "cuda":
         yield from map(prepare, numbers)
         return
-    stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream, main = torch.cuda.Stream(device, priority=-1), torch.cuda.current_stream(device)
     stream.wait_stream(main)  # for the weights
 
     def prepare_aside(number: int) -> tuple:
@@ -168,19 +168,42 @@ def prefetch(prepare: Callable[[int], tuple], numbers: range, device: torch.devi
 class DecodedEstimate(nn.Module):
     """From LR images to pixels through one step of the frozen diffusion model, and from latents to pixels."""
 
-    def __init__(self, pipe: InvSRPipeline):
+    def __init__(self, pipe: InvSRPipeline, prompt_embeds: torch.Tensor | None):
         super().__init__()
         self.noise_predictor, self.vae = pipe.noise_predictor, pipe.vae
         self.frozen = (pipe.unet, pipe.scheduler)  # in a tuple, so that they are no parts of this module
+        self.prompt_embeds = prompt_embeds
 
-    def forward(self, lr, lr_latents, timesteps, noise, prompt_embeds, hr_latents) -> tuple[torch.Tensor, ...]:
+    def forward(self, lr, lr_latents, timesteps, noise, hr_latents) -> tuple[torch.Tensor, ...]:
         """The decoded one-step estimates `(B, 3, H, W)` and the decoded `hr_latents`, in [0, 1], not clamped."""
         estimate = one_step_estimate(
-            self.noise_predictor, *self.frozen, lr, lr_latents, timesteps, noise, prompt_embeds
+            self.noise_predictor, *self.frozen, lr, lr_latents, timesteps, noise, self.prompt_embeds
         )
         latents = torch.cat([estimate, hr_latents]) / self.vae.config.scaling_factor
         pixels = self.vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample.float() / 2 + 0.5
         return pixels[: len(lr)], pixels[len(lr) :]
+
+
+@torch.no_grad()
+def make_inputs(
+    pipe: InvSRPipeline, hr: torch.Tensor, lr: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, ...]:
+    """What [`DecodedEstimate`] takes, of HR images `(B, 3, H, W)` and their LR images."""
+    posterior = encode_posterior(pipe.vae, hr)
+    timesteps, noise, lr_latents, hr_latents = draw_starts(pipe, lr, posterior, START_TIMESTEPS, generator)
+    return lr, lr_latents, timesteps, noise, hr_latents[: math.ceil(len(hr) / CLEAN_SHARE)]
+
+
+def capture(model: DecodedEstimate, inputs: tuple[torch.Tensor, ...], accelerator: Accelerator):
+    """
+    Has the model run as CUDA graphs, forward and backward, for inputs of these shapes: so the many small kernels need
+    not be launched one by one.
+    """
+    scheduler = model.frozen[1]
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)  # a graph cannot fetch them
+    measured = torch.backends.cudnn.flags(enabled=True, benchmark=True)  # shapes stay: choose the fastest convolutions
+    with measured, accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+        torch.cuda.make_graphed_callables(model, inputs)
 
 
 def freeze(pipe: InvSRPipeline):
@@ -213,10 +236,17 @@ def main(argv: list[str] | None = None):
     pipe.to(accelerator.device)
     pipe.vae.decoder.to(memory_format=torch.channels_last)
     prompt_embeds, _ = pipe.encode_prompt(None, do_classifier_free_guidance=False, device=accelerator.device)
-    model = DecodedEstimate(pipe)
+    model = DecodedEstimate(pipe, prompt_embeds)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    on_cuda = accelerator.device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=on_cuda
+    )
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_iterations, settings.max_iterations)
+    if on_cuda and accelerator.num_processes == 1:
+        sides = settings.crop_size, settings.crop_size // pipe.config.scale
+        blank = (torch.zeros(settings.batch_size, 3, side, side, device=accelerator.device) for side in sides)
+        capture(model, make_inputs(pipe, *blank, torch.Generator()), accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
     ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
     accelerator.register_for_checkpointing(ema, schedule)
@@ -261,23 +291,20 @@ def main(argv: list[str] | None = None):
     degradations = [Degradation(each, pipe.config.scale).to(accelerator.device) for each in degradation_settings]
     dataset = make_dataset(settings.train_data, settings.crop_size, settings.seed)
     place = (accelerator.process_index, accelerator.num_processes)
-    pinned = accelerator.device.type == "cuda"
-    batches = iter(make_loader(dataset, settings.batch_size, *place, iteration, settings.num_workers, pinned))
+    batches = iter(make_loader(dataset, settings.batch_size, *place, iteration, settings.num_workers, on_cuda))
     validation, skip_report = None, SkipReport()
     if settings.validation_data is not None and accelerator.is_main_process:
         validation = ValidationSet(
             list_files(settings.validation_data), settings.validation_size, pipe.config.scale, settings.seed
         )
 
-    @torch.no_grad()
     def prepare(number: int) -> tuple[torch.Tensor, ...]:
         generator = batch_generator(settings.seed, number * place[1] + place[0])
         batch = next(batches)
         skip_report.add(batch["skipped"])
         hr = batch["hr"].to(accelerator.device, non_blocking=True).float() / 255
         lr = degrade(degradations[number % len(degradations)], hr, generator)
-        posterior = encode_posterior(pipe.vae, hr)
-        return hr, lr, *draw_starts(pipe, lr, posterior, START_TIMESTEPS, generator)
+        return hr, *make_inputs(pipe, hr, lr, generator)
 
     def validate():
         if validation is not None:
@@ -294,10 +321,12 @@ def main(argv: list[str] | None = None):
     bar = tqdm(total=settings.max_iterations, initial=iteration, disable=not accelerator.is_main_process)
     sums, counted, skipped = {}, 0, 0
     numbers = range(iteration, settings.max_iterations)
-    for hr, lr, timesteps, noise, lr_latents, hr_latents in prefetch(prepare, numbers, accelerator.device):
-        clean = math.ceil(len(hr) / CLEAN_SHARE)
-        estimates, reconstructions = model(lr, lr_latents, timesteps, noise, prompt_embeds, hr_latents[:clean])
-        losses = {"mse": F.mse_loss(estimates, hr), "reconstruction": F.mse_loss(reconstructions, hr[:clean])}
+    for hr, *inputs in prefetch(prepare, numbers, accelerator.device):
+        estimates, reconstructions = model(*inputs)
+        losses = {
+            "mse": F.mse_loss(estimates, hr),
+            "reconstruction": F.mse_loss(reconstructions, hr[: len(reconstructions)]),
+        }
         accelerator.backward(losses["mse"] + losses["reconstruction"])
         norm = descend(accelerator, model, optimizer, settings.max_grad_norm)
         skipped = 0 if math.isfinite(norm) else skipped + 1

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, needs_cuda
 
 from diffusers_invsr import TINY, InvSRNoisePredictor, InvSRPipeline
 from diffusers_invsr.sd_turbo import build_pipeline
@@ -69,6 +69,18 @@ def test_the_decoder_and_the_predictor_learn_and_a_resumed_run_is_the_same(tmp_p
     assert read_log(tmp_path / "log.jsonl") == log
     for name, value in weights(tmp_path / "pipeline").items():
         assert torch.equal(value, trained[name]), name
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision, tolerance", [("no", 1e-3), ("bf16", 1e-2)])
+def test_cuda_graphs_compute_what_the_networks_do(tmp_path, monkeypatch, precision, tolerance):
+    logs = []
+    for name in ("graphs", "eager"):
+        finetune_in_pixels.main(command(output_dir=tmp_path / name, mixed_precision=precision))
+        logs.append([r for r in read_log(tmp_path / name / "log.jsonl") if "mse" in r])
+        monkeypatch.setattr(finetune_in_pixels, "capture", lambda *_: None)
+    for graphs, eager in zip(*logs, strict=True):
+        assert graphs == pytest.approx(eager, rel=tolerance)
 
 
 def test_it_ends_where_gradients_are_no_longer_finite(tmp_path, monkeypatch):
