@@ -4,9 +4,11 @@
         --models L2=my-l2/pipeline balance=between perceptual=my-perceptual/pipeline
 
 Fidelity is PSNR and SSIM of luma, perception the gradient ratio (mean absolute gradient of the result's luma over that
-of the HR image; below 1 it is smoother). LR images are made as in `paper_findings.py`, from the same seeds. `--output`
-gets `scores.jsonl` (a stopped run goes on there), `curve.md`, `curve.json`, `curve.png` and, for each photograph, the
-middle of bicubic, each model's result and the HR image. Needs `pip install ".[examples,training]"` and matplotlib.
+of the HR image; below 1 it is smoother). That ratio alone is cheap: `--grain 2 4 6` shows what the last model's
+results reach with Gaussian noise on them, of these standard deviations in levels of 255. LR images are made as in
+`paper_findings.py`, from the same seeds. `--output` gets `scores.jsonl` (a stopped run goes on there), `curve.md`,
+`curve.json`, `curve.png` and, for each photograph, the middle of bicubic, each model's result and the HR image. Needs
+`pip install ".[examples,training]"` and matplotlib.
 """
 
 import argparse
@@ -45,6 +47,12 @@ def parse_model(text: str) -> tuple[str, str]:
     return name, folder
 
 
+def add_grain(image: Image.Image, sigma: float, seed: int) -> Image.Image:
+    """Gaussian noise of standard deviation `sigma`, in levels of 255, the same on each channel."""
+    noise = np.random.default_rng(seed).normal(0, sigma, (image.height, image.width, 1))
+    return Image.fromarray((np.array(image) + noise).round().clip(0, 255).astype(np.uint8))
+
+
 def save_plot(means: dict[tuple[str, str], dict[str, float]], names: list[str], file: Path):
     from matplotlib.figure import Figure
 
@@ -63,6 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hr", type=Path, required=True, help="folder of HR photographs")
     parser.add_argument("--models", type=parse_model, nargs="+", required=True, help="NAME=FOLDER of each")
+    parser.add_argument("--grain", type=float, nargs="+", default=[], help="noise on the last one's results")
     parser.add_argument("--output", type=Path, required=True, help="folder; a stopped run goes on there")
     parser.add_argument("--seed", type=int, default=0, help="seed of the degradation and of the sampling")
     parser.add_argument("--start", type=int, default=200, choices=(250, 200, 150, 100), help="the one step")
@@ -79,9 +88,11 @@ def main(argv: list[str] | None = None):
     photographs = read_photographs(arguments.hr, arguments.patterns, arguments.crop)
     pipes = {name: load_pipeline(folder, "cpu") for name, folder in arguments.models}
     models = {name: settings_of(pipe, photographs, arguments.seed) for name, pipe in pipes.items()}
-    settings = {"start": arguments.start, "models": models}
+    settings = {"start": arguments.start, "models": models, "grain": arguments.grain}
     scores = Scores(arguments.output / "scores.jsonl", settings)
-    names = [BICUBIC, *pipes]
+    *_, last = pipes
+    grains = {f"{last} + grain {sigma:g}": sigma for sigma in arguments.grain}
+    names = [BICUBIC, *pipes, *grains]
     for photo in photographs:
         hr = crop_to_multiple(photo.hr, 4)
         for degradation in DEGRADATIONS:
@@ -92,6 +103,7 @@ def main(argv: list[str] | None = None):
             for name, pipe in pipes.items():
                 generator = torch.Generator().manual_seed(arguments.seed)
                 results[name] = pipe(lr, timesteps=[arguments.start], generator=generator).images[0]
+            results |= {name: add_grain(results[last], sigma, arguments.seed) for name, sigma in grains.items()}
             box = [(side - CROP) // 2 for side in hr.size]
             box += [start + CROP for start in box]
             sheet = Image.new("RGB", (CROP * (len(results) + 1), CROP))

@@ -456,14 +456,17 @@ def test_models_of_other_shapes_have_nothing_between(tmp_path, capsys):
 
 def test_curve_of_perception_and_distortion(photos, tmp_path, capsys):
     arguments = ["--hr", str(photos), "--output", str(tmp_path / "curve"), "--crop", "32", "--models", f"ours={TINY}"]
+    arguments = [*arguments, "--grain", "6"]
     perception_distortion.main(arguments)
     table = capsys.readouterr().out
     assert (tmp_path / "curve" / "curve.md").read_text() in table
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in table.splitlines() if line[:1] == "|"}
     scores = [json.loads(line) for line in (tmp_path / "curve" / "scores.jsonl").read_text().splitlines()[1:]]
     ours = [item["scores"]["psnr_y"] for item in scores if item["key"][::2] == ["simple", "ours"]]
+    assert float(rows["ours + grain 6"][3]) > float(rows["ours"][3])
+    assert float(rows["ours + grain 6"][1]) < float(rows["ours"][1])
     assert len(ours) == 2 and float(rows["ours"][1]) == pytest.approx(np.mean(ours), abs=0.006)  # the last table
     assert {path.suffix for path in (tmp_path / "curve").iterdir()} == {".jsonl", ".md", ".json", ".png"}
     with pytest.raises(SystemExit):
-        perception_distortion.main([*arguments, f"ours={TINY}"])
+        perception_distortion.main([*arguments, "--models", f"ours={TINY}", f"ours={TINY}"])
     assert "--models has to give each a name of its own" in capsys.readouterr().err
