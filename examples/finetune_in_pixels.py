@@ -12,8 +12,8 @@ which is frozen as the diffusion model is. For small models: the decoder is diff
 
 The YAML file may be one of `train_invsr.py`: what is no setting of this script is ignored. On CPUs
 `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 examples/finetune_in_pixels.py ...` starts a process a core. The same
-command with `--resume` goes on from the last checkpoint. The output folder gets `pipeline/` (in float16), `log.jsonl`
-and the checkpoints. Needs `pip install ".[training]"`.
+command with `--resume` goes on from the last checkpoint, on CPUs to the very same weights. The output folder gets
+`pipeline/` (in float16), `log.jsonl` and the checkpoints. Needs `pip install ".[training]"`.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, gather_object, set_seed
+from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKwargs, gather_object, set_seed
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -90,6 +90,7 @@ class Settings:
     warmup_iterations: int = setting("Iterations in which the learning rate rises; then it falls by a cosine.", 50)
     learning_rate: float = setting("Peak learning rate of both networks.", 2e-4)
     max_grad_norm: float = setting("Bound of the gradients' norm.", 1.0)
+    cuda_graphs: bool = setting("On one CUDA device: run the networks as graphs, which hold their memory.", True)
     mixed_precision: str | None = setting("`no`, `bf16` or `fp16`. None: what `accelerate config` says.")
     ema_decay: float = setting("Bound of the moving average's decay, min(bound, (1 + i) / (10 + i)).", 0.999)
     log_every: int = setting("Iterations between lines of the log.", 20)
@@ -146,6 +147,7 @@ def prefetch(prepare: Callable[[int], tuple], numbers: range, device: torch.devi
     if device.type != "cuda":
         yield from map(prepare, numbers)
         return
+    # Of high priority, so that these small steps come between those of the networks
     stream, main = torch.cuda.Stream(device, priority=-1), torch.cuda.current_stream(device)
     stream.wait_stream(main)  # for the weights
 
@@ -172,7 +174,7 @@ class DecodedEstimate(nn.Module):
         super().__init__()
         self.noise_predictor, self.vae = pipe.noise_predictor, pipe.vae
         self.frozen = (pipe.unet, pipe.scheduler)  # in a tuple, so that they are no parts of this module
-        self.prompt_embeds = prompt_embeds
+        self.prompt_embeds = prompt_embeds  # (1, tokens, width)
 
     def forward(self, lr, lr_latents, timesteps, noise, hr_latents) -> tuple[torch.Tensor, ...]:
         """The decoded one-step estimates `(B, 3, H, W)` and the decoded `hr_latents`, in [0, 1], not clamped."""
@@ -188,7 +190,7 @@ class DecodedEstimate(nn.Module):
 def make_inputs(
     pipe: InvSRPipeline, hr: torch.Tensor, lr: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, ...]:
-    """What [`DecodedEstimate`] takes, of HR images `(B, 3, H, W)` and their LR images."""
+    """What [`DecodedEstimate`] takes, of HR images `(B, 3, H, W)` and LR images `(B, 3, h, w)` in [0, 1]."""
     posterior = encode_posterior(pipe.vae, hr)
     timesteps, noise, lr_latents, hr_latents = draw_starts(pipe, lr, posterior, START_TIMESTEPS, generator)
     return lr, lr_latents, timesteps, noise, hr_latents[: math.ceil(len(hr) / CLEAN_SHARE)]
@@ -196,13 +198,14 @@ def make_inputs(
 
 def capture(model: DecodedEstimate, inputs: tuple[torch.Tensor, ...], accelerator: Accelerator):
     """
-    Has the model run as CUDA graphs, forward and backward, for inputs of these shapes: so the many small kernels need
-    not be launched one by one.
+    Has the model run as CUDA graphs, forward and backward, for `inputs` of these shapes (of [`make_inputs`]): so the
+    many small kernels need not be launched one by one.
     """
-    scheduler = model.frozen[1]
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(accelerator.device)  # a graph cannot fetch them
-    measured = torch.backends.cudnn.flags(enabled=True, benchmark=True)  # shapes stay: choose the fastest convolutions
-    with measured, accelerator.autocast(AutocastKwargs(cache_enabled=False)):
+    # The shapes stay: cuDNN measures which convolutions are the fastest
+    with (
+        torch.backends.cudnn.flags(enabled=True, benchmark=True),
+        accelerator.autocast(AutocastKwargs(cache_enabled=False)),
+    ):
         torch.cuda.make_graphed_callables(model, inputs)
 
 
@@ -225,33 +228,7 @@ def main(argv: list[str] | None = None):
     output.mkdir(parents=True, exist_ok=True)
     set_seed(settings.seed)
 
-    # 1. Models
-    pipe = InvSRPipeline.from_pretrained(TINY if settings.model == "tiny" else settings.model, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    if pipe.takes_text and pipe.text_encoder is not None:
-        pipe.drop_text_encoder()  # the prompt is embedded once and for all
-    if settings.extra_layers:
-        pipe.register_modules(noise_predictor=deepen(pipe.noise_predictor, settings.extra_layers))
-    freeze(pipe)
-    pipe.to(accelerator.device)
-    pipe.vae.decoder.to(memory_format=torch.channels_last)
-    prompt_embeds, _ = pipe.encode_prompt(None, do_classifier_free_guidance=False, device=accelerator.device)
-    model = DecodedEstimate(pipe, prompt_embeds)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    on_cuda = accelerator.device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=on_cuda
-    )
-    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_iterations, settings.max_iterations)
-    if on_cuda and accelerator.num_processes == 1:
-        sides = settings.crop_size, settings.crop_size // pipe.config.scale
-        blank = (torch.zeros(settings.batch_size, 3, side, side, device=accelerator.device) for side in sides)
-        capture(model, make_inputs(pipe, *blank, torch.Generator()), accelerator)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
-    accelerator.register_for_checkpointing(ema, schedule)
-
-    # 2. Where it goes on
+    # 1. Where it goes on
     checkpoints = Checkpoints(output, accelerator, keep=2)
     if not settings.resume and checkpoints.list():
         raise SystemExit(
@@ -262,7 +239,7 @@ def main(argv: list[str] | None = None):
     course = {
         name: value
         for name, value in (dataclasses.asdict(settings) | dataclasses.asdict(degradation_settings[0])).items()
-        if name not in ("also_degraded_by", "output_dir", "resume", "num_workers")
+        if name not in ("also_degraded_by", "output_dir", "resume", "num_workers", "cuda_graphs")
         and not name.startswith("validation_")
         and not name.endswith("_every")
     }
@@ -276,9 +253,41 @@ def main(argv: list[str] | None = None):
         changed = [name for name in course if course[name] != before.get(name)]
         if changed:
             raise SystemExit(f"{checkpoint} is of a run with other {' and '.join(changed)}: choose another folder.")
+        iteration = int(checkpoint.name.rpartition("-")[2])
+
+    # 2. Models
+    dataset = make_dataset(settings.train_data, settings.crop_size, settings.seed)
+    pipe = InvSRPipeline.from_pretrained(TINY if settings.model == "tiny" else settings.model, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if pipe.takes_text and pipe.text_encoder is not None:
+        pipe.drop_text_encoder()  # the prompt is embedded once and for all
+    if settings.extra_layers:
+        pipe.register_modules(noise_predictor=deepen(pipe.noise_predictor, settings.extra_layers))
+    freeze(pipe)
+    pipe.to(accelerator.device)
+    pipe.vae.decoder.to(memory_format=torch.channels_last)
+    prompt_embeds, _ = pipe.encode_prompt(None, do_classifier_free_guidance=False, device=accelerator.device)
+    # A CUDA graph cannot copy them from the CPU
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod.to(accelerator.device)
+    degradations = [Degradation(each, pipe.config.scale).to(accelerator.device) for each in degradation_settings]
+    model = DecodedEstimate(pipe, prompt_embeds)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    on_cuda = accelerator.device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=on_cuda
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_iterations, settings.max_iterations)
+    if on_cuda and settings.cuda_graphs and accelerator.distributed_type == DistributedType.NO:
+        hr = torch.zeros(settings.batch_size, 3, settings.crop_size, settings.crop_size, device=accelerator.device)
+        generator = torch.Generator()
+        lr = degrade(degradations[0], hr, generator)
+        capture(model, make_inputs(pipe, hr, lr, generator), accelerator)  # before other threads use the device
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
+    accelerator.register_for_checkpointing(ema, schedule)
+    if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         ema.to(accelerator.device)  # accelerate reads it to the CPU
-        iteration = int(checkpoint.name.rpartition("-")[2])
 
     def write_checkpoint(folder: Path):
         accelerator.save_state(str(folder))
@@ -288,8 +297,6 @@ def main(argv: list[str] | None = None):
     log = RunLog(output / "log.jsonl", iteration or None) if accelerator.is_main_process else None
 
     # 3. Data
-    degradations = [Degradation(each, pipe.config.scale).to(accelerator.device) for each in degradation_settings]
-    dataset = make_dataset(settings.train_data, settings.crop_size, settings.seed)
     place = (accelerator.process_index, accelerator.num_processes)
     batches = iter(make_loader(dataset, settings.batch_size, *place, iteration, settings.num_workers, on_cuda))
     validation, skip_report = None, SkipReport()

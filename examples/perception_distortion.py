@@ -4,8 +4,8 @@
         --models L2=my-l2/pipeline balance=between perceptual=my-perceptual/pipeline
 
 Fidelity is PSNR and SSIM of luma, perception the gradient ratio (mean absolute gradient of the result's luma over that
-of the HR image; below 1 it is smoother). That ratio alone is cheap: `--grain 2 4 6` shows what the last model's
-results reach with Gaussian noise on them, of these standard deviations in levels of 255. LR images are made as in
+of the HR image; below 1 it is smoother). A high ratio alone proves nothing, since noise raises it too: `--grain 2 4 6`
+shows by how much, with Gaussian noise on the last model's results. LR images are made as in
 `paper_findings.py`, from the same seeds. `--output` gets `scores.jsonl` (a stopped run goes on there), `curve.md`,
 `curve.json`, `curve.png` and, for each photograph, the middle of bicubic, each model's result and the HR image. Needs
 `pip install ".[examples,training]"` and matplotlib.
@@ -13,6 +13,7 @@ results reach with Gaussian noise on them, of these standard deviations in level
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,17 @@ def parse_model(text: str) -> tuple[str, str]:
     return name, folder
 
 
-def add_grain(image: Image.Image, sigma: float, seed: int) -> Image.Image:
+def parse_sigma(text: str) -> float:
+    try:
+        sigma = float(text)
+    except ValueError:
+        sigma = math.nan
+    if not 0 < sigma < 256:
+        raise argparse.ArgumentTypeError(f"{text!r} has to be a number above 0 and below 256")
+    return sigma
+
+
+def add_grain(image: Image.Image, sigma: float, seed: list[int]) -> Image.Image:
     """Gaussian noise of standard deviation `sigma`, in levels of 255, the same on each channel."""
     noise = np.random.default_rng(seed).normal(0, sigma, (image.height, image.width, 1))
     return Image.fromarray((np.array(image) + noise).round().clip(0, 255).astype(np.uint8))
@@ -71,7 +82,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hr", type=Path, required=True, help="folder of HR photographs")
     parser.add_argument("--models", type=parse_model, nargs="+", required=True, help="NAME=FOLDER of each")
-    parser.add_argument("--grain", type=float, nargs="+", default=[], help="noise on the last one's results")
+    grain = "standard deviations of noise on the last model's results, in levels of 255"
+    parser.add_argument("--grain", type=parse_sigma, nargs="+", default=[], help=grain)
     parser.add_argument("--output", type=Path, required=True, help="folder; a stopped run goes on there")
     parser.add_argument("--seed", type=int, default=0, help="seed of the degradation and of the sampling")
     parser.add_argument("--start", type=int, default=200, choices=(250, 200, 150, 100), help="the one step")
@@ -88,9 +100,9 @@ def main(argv: list[str] | None = None):
     photographs = read_photographs(arguments.hr, arguments.patterns, arguments.crop)
     pipes = {name: load_pipeline(folder, "cpu") for name, folder in arguments.models}
     models = {name: settings_of(pipe, photographs, arguments.seed) for name, pipe in pipes.items()}
-    settings = {"start": arguments.start, "models": models, "grain": arguments.grain}
+    settings = {"start": arguments.start, "models": models}
     scores = Scores(arguments.output / "scores.jsonl", settings)
-    *_, last = pipes
+    last = list(pipes)[-1]
     grains = {f"{last} + grain {sigma:g}": sigma for sigma in arguments.grain}
     names = [BICUBIC, *pipes, *grains]
     for photo in photographs:
@@ -103,7 +115,8 @@ def main(argv: list[str] | None = None):
             for name, pipe in pipes.items():
                 generator = torch.Generator().manual_seed(arguments.seed)
                 results[name] = pipe(lr, timesteps=[arguments.start], generator=generator).images[0]
-            results |= {name: add_grain(results[last], sigma, arguments.seed) for name, sigma in grains.items()}
+            seed = [arguments.seed, photo.number]
+            results |= {name: add_grain(results[last], sigma, seed) for name, sigma in grains.items()}
             box = [(side - CROP) // 2 for side in hr.size]
             box += [start + CROP for start in box]
             sheet = Image.new("RGB", (CROP * (len(results) + 1), CROP))

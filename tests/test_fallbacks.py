@@ -45,7 +45,7 @@ def test_a_batch_is_halved_until_it_fits(pipe, warnings, images):
 
 def test_tiles_that_waited_get_no_larger_batch_than_what_fitted():
     sides = [4, 4, 4, 8, 8, 8, 4, 8]
-    tiles = [Tile(torch.zeros(1, 3, side, side), None, torch.zeros(2), i, True, print) for i, side in enumerate(sides)]
+    tiles = [Tile(torch.zeros(1, 3, side, side), None, torch.zeros(2), i, print) for i, side in enumerate(sides)]
     pool, seen = TilePool(tiles, 4), []
 
     def enlarge(batch):
@@ -148,7 +148,7 @@ def test_damaged_weights_are_an_error_not_a_black_image(pipe, dtype):
 
 def test_pool_puts_tiles_of_one_shape_together():
     sides = [4, 8, 4, 4, 8, 4, 4]
-    tiles = [Tile(torch.zeros(1, 3, side, side), None, torch.zeros(2), i, True, print) for i, side in enumerate(sides)]
+    tiles = [Tile(torch.zeros(1, 3, side, side), None, torch.zeros(2), i, print) for i, side in enumerate(sides)]
     assert [[tile.image for tile in batch] for batch in TilePool(tiles, 2)] == [[0, 2], [1, 4], [3, 5], [6]]
     pool = TilePool(tiles, 4)
     batches = []

@@ -246,6 +246,27 @@ def test_interrupt_stops_after_the_step(pipe):
     assert torch.equal(pipe(photo()), pipe(photo()))  # and the next call is not interrupted
 
 
+@pytest.mark.parametrize("color_fix", [None, "adain"])
+def test_interrupted_images_come_all_and_in_order(pipe, color_fix):
+    """The first one whole, of the second half of the tiles, of the third none."""
+    images = [photo(16, size, seed=seed)[0] for seed, size in enumerate([16, 32, 16])]
+    options = {"tile_size": 16, "tile_overlap": 0, "color_fix": color_fix}
+    whole = [pipe(image, generator=generator(0), **options)[0] for image in images]
+
+    def callback(pipeline, step, timestep, kwargs):
+        calls.append(step)
+        pipeline._interrupt = len(calls) == 2
+        return {}
+
+    calls, generators = [], [generator(0) for _ in images]
+    first, second, third = pipe(images, generator=generators, callback_on_step_end=callback, **options)
+    torch.testing.assert_close(first, whole[0], atol=1e-4, rtol=0)
+    assert second.shape == whole[1].shape and third.shape == whole[2].shape
+    if color_fix is None:
+        torch.testing.assert_close(second[..., :64], whole[1][..., :64], atol=1e-4, rtol=0)
+        assert second[..., 64:].abs().max() == 0 and third.abs().max() == 0
+
+
 def test_progress_bar_counts_steps_times_tiles(pipe, capsys):
     pipe.pipeline.set_progress_bar_config(disable=False)
     pipe(photo(), num_steps=2, tile_size=16, tile_overlap=0, tile_batch_size=3)
@@ -378,18 +399,18 @@ def test_tiles_of_different_images_are_pooled(pipe):
 
 
 @pytest.mark.parametrize("color_fix", [None, "wavelet", "ycbcr", "adain"])
-def test_images_of_one_size_are_finished_one_by_one(pipe, monkeypatch, color_fix):
-    """Each while the next but one is not begun yet, and as it is alone."""
-    images = [photo(16, 24, seed=seed)[0] for seed in range(3)]
-    alone = [pipe(image, tile_size=None, generator=generator(0), color_fix=color_fix)[0] for image in images]
+def test_images_are_finished_one_by_one(pipe, monkeypatch, color_fix):
+    """Each while the device computes the batch after the image's last tile; of three tiles, of one and of one here."""
+    images = [photo(*size, seed=seed)[0] for seed, size in enumerate([(16, 40), (16, 16), (16, 16)])]
+    options = {"tile_size": 16, "tile_overlap": 4, "color_fix": color_fix}
+    alone = [pipe(image, generator=generator(0), **options)[0] for image in images]
     events, postprocess = [], pipe.pipeline.image_processor.postprocess
     pipe.pipeline.unet.register_forward_pre_hook(lambda *_: events.append("compute"))
     monkeypatch.setattr(
         pipe.pipeline.image_processor, "postprocess", lambda *args: [events.append("finish"), postprocess(*args)][1]
     )
-    generators = [generator(0) for _ in images]
-    together = pipe(images, tile_size=None, generator=generators, color_fix=color_fix)
-    assert events == ["compute", "compute", "finish", "compute", "finish", "finish"]
+    together = pipe(images, generator=[generator(0) for _ in images], **options)
+    assert events == ["compute"] * 4 + ["finish", "compute", "finish", "finish"]
     for ours, theirs in zip(together, alone, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 

@@ -152,13 +152,13 @@ class InvSRImageProcessor:
         Give a result the kind of its input, with the transparency of the latter enlarged by Lanczos.
 
         Args:
-            result (`torch.Tensor`): Result `(channels, height, width)` in [0, 1]. Float32, on the CPU.
+            result (`torch.Tensor`): Pixels `(3, height, width)` in [0, 1], or latents. Float32, on the CPU.
             item ([`InputImage`]): The input.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
 
         Returns:
-            A PIL image (grey where the input was), or a tensor for [`~InvSRImageProcessor.collect`]: with 4 channels
-            where the input had transparency; latents as they are.
+            A PIL image (grey where the input was); for the other types, also for `"np"`, a tensor `(channels, height,
+            width)` for [`~InvSRImageProcessor.collect`], with 4 channels where the input had transparency.
         """
         if output_type == "pil":
             return self._to_pil(result, item)
@@ -172,18 +172,25 @@ class InvSRImageProcessor:
         Results of [`~InvSRImageProcessor.postprocess`] in the type that was asked for.
 
         Args:
-            results (`list`): PIL images or tensors `(C, H, W)`.
+            results (`list`):
+                PIL images, or tensors `(C, H, W)`. Tensors are taken out of the list one by one where they are copied,
+                so that memory does not hold all of them twice.
             output_type (`str`): `"pil"`, `"np"`, `"pt"` or `"latent"`.
 
         Returns:
-            The PIL images; an array `(B, H, W, C)` or a tensor `(B, C, H, W)`, or where shapes differ a list of
-            `(H, W, C)` or `(C, H, W)`.
+            The PIL images; or an array `(B, H, W, C)` or a tensor `(B, C, H, W)`, in [0, 1] but for latents. Where
+            shapes differ, a list of `(H, W, C)` or `(C, H, W)`.
         """
         if output_type == "pil":
             return results
         if len({result.shape for result in results}) > 1:
             return [result.permute(1, 2, 0).numpy() for result in results] if output_type == "np" else results
-        batch = results[0][None] if len(results) == 1 else torch.stack(results)
+        if len(results) == 1:
+            batch = results[0][None]
+        else:
+            batch = torch.empty(len(results), *results[0].shape)
+            for item in batch:
+                item.copy_(results.pop(0))
         return batch.permute(0, 2, 3, 1).numpy() if output_type == "np" else batch
 
     @staticmethod

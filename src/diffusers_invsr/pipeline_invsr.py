@@ -446,7 +446,7 @@ class InvSRPipeline(
         )
 
     def prepare_blender(self, grid: TileGrid, output_type: str) -> TileBlender:
-        """Sums up the results of an image's tiles: an image at the target size, or latents with the padding."""
+        """Sums up the results of an image's tiles: `(1, 3, height, width)`, or latents with the padding."""
         if output_type == "latent":
             latents_per_lr = self.config.scale / self.vae_scale_factor
             return TileBlender(grid, (1, self.vae.config.latent_channels), latents_per_lr, crop=False)
@@ -472,7 +472,7 @@ class InvSRPipeline(
         """
         for run, grid in runs:
             run_generator = list(generator[run]) if isinstance(generator, (list, tuple)) else generator
-            for count, (top, left) in enumerate(grid, start=1):
+            for top, left in grid:
                 lr, enlarged = grid.cut(top, left)
                 noise = self.prepare_noise(len(lr), *lr.shape[-2:], num_maps, run_generator, device)
                 for i, image in enumerate(range(run.start, run.stop)):
@@ -482,7 +482,6 @@ class InvSRPipeline(
                         None if enlarged is None else enlarged[part],
                         noise[:, part],
                         image,
-                        count == len(grid),
                         partial(blenders[image].add, top=top, left=left),
                     )
 
@@ -638,13 +637,15 @@ class InvSRPipeline(
         )
 
         # 4. Cut the images into tiles; images of one size that follow one another share a grid
-        runs, blenders = [], {}
+        runs, blenders, enlarged_rows = [], {}, {}
         for _, members in groupby(range(len(inputs)), key=lambda i: inputs[i].pixels.shape):
             members = list(members)
             run = slice(members[0], members[-1] + 1)
             grid = self.cut_into_tiles(inputs[run], scale, target_size, tile_size, tile_overlap, tile_window)
             runs.append((run, grid))
-            blenders |= {number: self.prepare_blender(grid, output_type) for number in members}
+            for i, number in enumerate(members):
+                blenders[number] = self.prepare_blender(grid, output_type)
+                enlarged_rows[number] = partial(grid.enlarged_rows, image=i)
         num_maps = 2 + (len(indices) - 1 if eta > 0 else 0)
         source = generator[0] if isinstance(generator, (list, tuple)) else generator
         noise_device = device if source is None else source.device  # it goes to the device with its batch
@@ -666,19 +667,17 @@ class InvSRPipeline(
             # 7. Decode
             return latents if output_type == "latent" else self.decode_image(latents)
 
-        # 8. Do so for one batch of tiles after another, and blend them. An image whose tiles are all blended gets the
-        # type that was asked for at once, while the device computes the next batch
-        images = {}
+        # 8. Do so for one batch of tiles after another, and blend them. An image that is complete gets the type that
+        # was asked for at once, while the device computes the next batch
+        finished = {}
 
         def finish(number: int):
-            run, grid = next((run, grid) for run, grid in runs if number < run.stop)
             result = blenders.pop(number).sum
             if color_fix is not None:
-                part = slice(number - run.start, number - run.start + 1)
-                apply_color_fix(result, partial(grid.enlarged_rows, images=part), color_fix)
+                apply_color_fix(result, enlarged_rows[number], color_fix)
             elif output_type != "latent":
                 result.clamp_(0, 1)  # the weights of tiles sum to 1 but for rounding
-            images[number] = self.image_processor.postprocess(result[0], inputs[number], output_type)
+            finished[number] = self.image_processor.postprocess(result[0], inputs[number], output_type)
 
         enlarge_batch = partial(enlarge_within_memory, enlarge, pool=pool)
         blended = TileResults(partial(self.redo_in_float32, enlarge_batch), finish)
@@ -687,12 +686,12 @@ class InvSRPipeline(
                 if self.interrupt:
                     break
                 blended.put(tiles, enlarge_batch(tiles))
-            blended.finish()
+            blended.flush()
 
         # 9. Give all images together, also those that an interruption left unfinished
         for number in list(blenders):
             finish(number)
-        images = self.image_processor.collect([images[number] for number in range(len(inputs))], output_type)
+        images = self.image_processor.collect([finished.pop(number) for number in range(len(inputs))], output_type)
         self.maybe_free_model_hooks()
 
         if not return_dict:

@@ -18,22 +18,20 @@ class Tile:
         enlarged (`torch.Tensor`, *optional*): What the VAE sees; `None` where it is the enlargement of `lr`.
         noise (`torch.Tensor`): From [`~InvSRPipeline.prepare_noise`], `(maps, 1, channels, height, width)`.
         image (`int`): Number of the image in the call.
-        last (`bool`): Whether it is the image's last tile.
-        blend (`Callable`): Takes the result `(1, channels, height, width)`.
+        blend (`Callable`): Takes the result `(1, channels, height, width)`; returns whether the image is complete.
     """
 
     lr: torch.Tensor
     enlarged: torch.Tensor | None
     noise: torch.Tensor
     image: int
-    last: bool
-    blend: Callable[[torch.Tensor], None]
+    blend: Callable[[torch.Tensor], bool]
 
 
 class TilePool:
     r"""
     Puts tiles of one shape together, whichever image they are of. Iterating gives lists of `batch_size` tiles, and
-    what is left over at the end. Tiles of an image, which are of one shape, stay in order.
+    what is left over at the end.
 
     Args:
         tiles (`Iterable[Tile]`): The tiles; they are made when they are needed.
@@ -88,15 +86,16 @@ def select(embeds: torch.Tensor | None, tiles: list[Tile]) -> torch.Tensor | Non
 
 class TileResults:
     r"""
-    Fetches results without waiting for the device, and blends them while it computes the next ones.
+    Fetches results without waiting for the device, and while it computes the next ones, blends them and hands on the
+    images that are complete.
 
     Args:
         redo (`Callable`): Computes a tile again whose result is not finite.
-        finish (`Callable`): Takes the number of an image whose tiles are all blended.
+        on_complete (`Callable`): Takes the number of an image whose tiles are all blended.
     """
 
-    def __init__(self, redo: Callable[[Tile], torch.Tensor], finish: Callable[[int], None]):
-        self.redo, self.finish_image = redo, finish
+    def __init__(self, redo: Callable[[Tile], torch.Tensor], on_complete: Callable[[int], None]):
+        self.redo, self.on_complete = redo, on_complete
         self._on_the_way = None
 
     def put(self, tiles: list[Tile], results: torch.Tensor):
@@ -115,7 +114,7 @@ class TileResults:
         before, self._on_the_way = self._on_the_way, (tiles, *host, event)
         self._blend(before)
 
-    def finish(self):
+    def flush(self):
         """Blend what is still on its way."""
         before, self._on_the_way = self._on_the_way, None
         self._blend(before)
@@ -127,6 +126,5 @@ class TileResults:
         if event is not None:
             event.synchronize()
         for tile, result, is_finite in zip(tiles, results.split(1), finite.tolist()):
-            tile.blend(result if is_finite else self.redo(tile).cpu())
-            if tile.last:
-                self.finish_image(tile.image)
+            if tile.blend(result if is_finite else self.redo(tile).cpu()):
+                self.on_complete(tile.image)

@@ -269,13 +269,15 @@ class TileGrid:
             tile = cubic_interpolate(tile, positions - first, dim, a=-0.5 if stretch > 1 else -0.75, stretch=stretch)
         return tile
 
-    def enlarged_rows(self, start: int, stop: int, images: slice = slice(None)) -> torch.Tensor:
-        """Rows `start` to `stop` of `images` enlarged to the target size by antialiased bicubic interpolation."""
+    def enlarged_rows(self, start: int, stop: int, image: int = 0) -> torch.Tensor:
+        """Rows `start` to `stop` of one of the images, enlarged to the target size by antialiased bicubic
+        interpolation: `(1, 3, stop - start, target width)`, not clamped.
+        """
         (row_step, column_step), dtype = self.steps, torch.float64
         rows = (torch.arange(start, stop, dtype=dtype) + 0.5) * row_step - 0.5
         columns = (torch.arange(self.target_size[1], dtype=dtype) + 0.5) * column_step - 0.5
         first = max(int(rows[0]) - 3, 0)
-        band = to_float(self.pixels[images, :, first : int(rows[-1]) + 4])
+        band = to_float(self.pixels[image : image + 1, :, first : int(rows[-1]) + 4])
         band = cubic_interpolate(band, rows - first, -2, a=-0.5, truncate=True)
         return cubic_interpolate(band, columns, -1, a=-0.5, truncate=True)
 
@@ -283,7 +285,7 @@ class TileGrid:
 class TileBlender:
     r"""
     Weighted sum of tile results on the CPU in float32. Each tile's weights are normalised beforehand, so the sum is
-    finished as soon as the last tile is added.
+    finished as soon as the last tile is added. It takes no memory before the first one is.
 
     Args:
         grid ([`TileGrid`]): The tiles.
@@ -300,15 +302,16 @@ class TileBlender:
         self.weights = [axis.weights(pixels_per_lr) if len(axis.starts) > 1 else None for axis in self.axes]
         self.fronts = [int(axis.front * pixels_per_lr) if crop else 0 for axis in self.axes]
         size = grid.target_size if crop else [int(axis.padded_length * pixels_per_lr) for axis in self.axes]
-        self.shape = (*shape, *size)
+        self.size = (*shape, *size)
+        self.missing = len(grid)  # tiles
 
     @cached_property
     def sum(self) -> torch.Tensor:
         """The blended images `(batch, channels, height, width)`; 0 where no tile was added yet."""
-        return torch.zeros(self.shape)
+        return torch.zeros(self.size)
 
-    def add(self, tile: torch.Tensor, top: int, left: int):
-        """Add the result `(batch, channels, height, width)` of the tile at a corner."""
+    def add(self, tile: torch.Tensor, top: int, left: int) -> bool:
+        """Add the result `(batch, channels, height, width)` of the tile at a corner; whether it was the last one."""
         region, tile = self.sum, tile.to("cpu", torch.float32)
         for start, weights, front, dim in zip((top, left), self.weights, self.fronts, (-2, -1)):
             offset = int(start * self.pixels_per_lr) - front
@@ -317,3 +320,5 @@ class TileBlender:
             if weights is not None:
                 tile = tile * weights[start][first:stop].reshape(-1, *[1] * (-1 - dim))
         region += tile
+        self.missing -= 1
+        return self.missing == 0
