@@ -16,9 +16,10 @@ pipelines do not fit tiles to the image; with `compile=full` or `graphs` among t
 
 Times are medians with the range of all repeats, after warm-up. Speed-ups are ratios of medians, with the range of the
 ratios of single turns. Operations are those of matrix products, convolutions and attention, a multiplication and an
-addition as two; the peak is the best of several products of large matrices in the same number type, as PyTorch is set
-up (float32 convolutions on CUDA may use TF32 where such products do not, and exceed it). PSNR compares the results in
-8 bits; with random weights it tells whether variants compute the same, not how good a result is.
+addition as two; the peak is the best of several products of large matrices in the same number type (on CPUs of small
+ones too, and of these alone where the large ones would take more than a second each), as PyTorch is set up (float32
+convolutions on CUDA may use TF32 where such products do not, and exceed it). PSNR compares the results in 8 bits; with
+random weights it tells whether variants compute the same, not how good a result is.
 Memory is the peak of one run beyond what was held before it. With `--keep-memory` all variants run with
 `keep_freed_memory()`. Needs matplotlib.
 """
@@ -178,7 +179,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     sizes, repeats = ((8192,), 20) if device.type == "cuda" else ((256, 2048), 3)
     rates = []
     for size in sizes:
-        if rates and 2 * size**3 / rates[-1] > 1:  # seconds: a number type that the CPU does not have
+        if rates and 2 * size**3 / rates[-1] > 1:  # seconds, as of float16 on most CPUs
             break
         a, b = torch.randn(2, size, size, device=device).to(dtype)
         multiply = partial(torch.matmul, a, b)

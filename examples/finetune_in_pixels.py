@@ -201,12 +201,10 @@ def capture(model: DecodedEstimate, inputs: tuple[torch.Tensor, ...], accelerato
     Has the model run as CUDA graphs, forward and backward, for `inputs` of these shapes (of [`make_inputs`]): so the
     many small kernels need not be launched one by one.
     """
-    # The shapes stay: cuDNN measures which convolutions are the fastest
-    with (
-        torch.backends.cudnn.flags(enabled=True, benchmark=True),
-        accelerator.autocast(AutocastKwargs(cache_enabled=False)),
-    ):
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True  # worthwhile: the shapes stay
+    with accelerator.autocast(AutocastKwargs(cache_enabled=False)):
         torch.cuda.make_graphed_callables(model, inputs)
+    torch.backends.cudnn.benchmark = benchmark
 
 
 def freeze(pipe: InvSRPipeline):
@@ -273,9 +271,7 @@ def main(argv: list[str] | None = None):
     model = DecodedEstimate(pipe, prompt_embeds)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     on_cuda = accelerator.device.type == "cuda"
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=on_cuda
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_iterations, settings.max_iterations)
     if on_cuda and settings.cuda_graphs and accelerator.distributed_type == DistributedType.NO:
         hr = torch.zeros(settings.batch_size, 3, settings.crop_size, settings.crop_size, device=accelerator.device)

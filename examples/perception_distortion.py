@@ -5,10 +5,10 @@
 
 Fidelity is PSNR and SSIM of luma, perception the gradient ratio (mean absolute gradient of the result's luma over that
 of the HR image; below 1 it is smoother). A high ratio alone proves nothing, since noise raises it too: `--grain 2 4 6`
-shows by how much, with Gaussian noise on the last model's results. LR images are made as in
-`paper_findings.py`, from the same seeds. `--output` gets `scores.jsonl` (a stopped run goes on there), `curve.md`,
-`curve.json`, `curve.png` and, for each photograph, the middle of bicubic, each model's result and the HR image. Needs
-`pip install ".[examples,training]"` and matplotlib.
+shows by how much, with Gaussian noise on the last model's results. LR images are made as in `paper_findings.py`, from
+the same seeds. `--output` gets `scores.jsonl` (a stopped run goes on there), `curve.md`, `curve.json`, `curve.png`
+and, for each photograph, the middle of bicubic, each model's result, those with grain and the HR image. Needs `pip
+install ".[examples,training]"` and matplotlib.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None):
             for name, pipe in pipes.items():
                 generator = torch.Generator().manual_seed(arguments.seed)
                 results[name] = pipe(lr, timesteps=[arguments.start], generator=generator).images[0]
-            seed = [arguments.seed, photo.number]
+            seed = [arguments.seed, photo.number, 1]  # not the stream of the degradation
             results |= {name: add_grain(results[last], sigma, seed) for name, sigma in grains.items()}
             box = [(side - CROP) // 2 for side in hr.size]
             box += [start + CROP for start in box]
@@ -124,7 +124,8 @@ def main(argv: list[str] | None = None):
                 sheet.paste(image.crop(box), (CROP * column, 0))
             sheet.save(arguments.output / f"{photo.name}_{degradation}.png")
             for name, result in results.items():
-                scores.add((degradation, photo.name, name), measure(result, hr))
+                if (degradation, photo.name, name) not in scores:
+                    scores.add((degradation, photo.name, name), measure(result, hr))
         print(photo.name, flush=True)
 
     means, lines = {}, []

@@ -103,7 +103,7 @@ def test_networks_that_wait_on_the_cpu_run_on_the_device(tiny, offload):
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("precision, tolerance", [("no", 1e-2), ("bf16", 5e-2)])
+@pytest.mark.parametrize("precision, tolerance", [("no", 3e-3), ("bf16", 2e-2)])
 def test_networks_learn_as_cuda_graphs_what_they_learn_without(
     tmp_path, monkeypatch, fresh_accelerator, precision, tolerance
 ):
@@ -114,14 +114,16 @@ def test_networks_learn_as_cuda_graphs_what_they_learn_without(
     command[0] = str(Path(__file__).parents[1] / command[0])
     command += ["--crop_size", "64", "--batch_size", "2", "--num_workers", "0", "--max_iterations", "6"]
     command += ["--warmup_iterations", "0", "--log_every", "1", "--mixed_precision", precision]
-    replays, replay, losses = [], torch.cuda.CUDAGraph.replay, {}
+    replays, replay, norms, descend, losses = [], torch.cuda.CUDAGraph.replay, [], finetune.descend, {}
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: [replays.append(graph), replay(graph)][1])
+    monkeypatch.setattr(finetune, "descend", lambda *args: norms.append(descend(*args)) or norms[-1])
     for name, option in (("graphs", "--cuda_graphs"), ("eager", "--no_cuda_graphs")):
         finetune.main([*command, option, "--output_dir", str(tmp_path / name)])
         log = read_log(tmp_path / name / "log.jsonl")
         losses[name] = [record["mse"] for record in log if "mse" in record]
         assert len(replays) == 2 * 6  # forward and backward
     assert losses["graphs"] == pytest.approx(losses["eager"], rel=tolerance)
+    assert norms[:6] == pytest.approx(norms[6:], rel=3 * tolerance)  # AdamW does not see the gradients' scale
 
 
 def test_batches_that_are_prepared_aside_are_the_same(monkeypatch):

@@ -47,7 +47,7 @@ def keep_freed_memory() -> bool:
     r"""
     Have the C library keep the memory of tensors on the CPU for the next ones, until the process ends. Otherwise it
     returns large pieces to the system at once, and fetching them anew, page by page, takes time wherever activations
-    are large. What this saves and how much more memory is held is measured in the README ("Memory"). It has no effect
+    are large. What this saves and how much memory is held is measured in the README ("Memory"). It has no effect
     in threads other than the main one; processes that are forked keep their memory, too.
 
     Returns:

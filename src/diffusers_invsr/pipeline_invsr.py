@@ -672,7 +672,9 @@ class InvSRPipeline(
         finished = {}
 
         def finish(number: int):
-            result = blenders.pop(number).sum
+            blender = blenders.pop(number)
+            result = blender.sum
+            del blender.sum  # tiles that are not dropped yet know the blender
             if color_fix is not None:
                 apply_color_fix(result, enlarged_rows[number], color_fix)
             elif output_type != "latent":
