@@ -107,11 +107,12 @@ def test_networks_that_wait_on_the_cpu_run_on_the_device(tiny, offload):
 def test_networks_learn_as_cuda_graphs_what_they_learn_without(
     tmp_path, monkeypatch, fresh_accelerator, precision, tolerance
 ):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    examples = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(examples)
     finetune = pytest.importorskip("finetune_in_pixels")
     read_log = pytest.importorskip("diffusers_invsr.training.logs").read_log
-    command = ["examples/configs/tiny_degradation.yaml", "--model", "tiny", "--train_data", str(FIXTURES / "photos")]
-    command[0] = str(Path(__file__).parents[1] / command[0])
+    command = [str(examples / "configs" / "tiny_degradation.yaml"), "--model", "tiny"]
+    command += ["--train_data", str(FIXTURES / "photos")]
     command += ["--crop_size", "64", "--batch_size", "2", "--num_workers", "0", "--max_iterations", "6"]
     command += ["--warmup_iterations", "0", "--log_every", "1", "--mixed_precision", precision]
     replays, replay, norms, descend, losses = [], torch.cuda.CUDAGraph.replay, [], finetune.descend, {}

@@ -455,8 +455,8 @@ def test_models_of_other_shapes_have_nothing_between(tmp_path, capsys):
 
 
 def test_curve_of_perception_and_distortion(photos, tmp_path, capsys):
-    arguments = ["--hr", str(photos), "--output", str(tmp_path / "curve"), "--crop", "32", "--models", f"ours={TINY}"]
-    arguments = [*arguments, "--grain", "6"]
+    arguments = ["--hr", str(photos), "--output", str(tmp_path / "curve"), "--crop", "32", "--grain", "6"]
+    arguments += ["--models", f"ours={TINY}"]
     perception_distortion.main(arguments)
     table = capsys.readouterr().out
     assert (tmp_path / "curve" / "curve.md").read_text() in table
@@ -468,5 +468,5 @@ def test_curve_of_perception_and_distortion(photos, tmp_path, capsys):
     assert len(ours) == 2 and float(rows["ours"][1]) == pytest.approx(np.mean(ours), abs=0.006)  # the last table
     assert {path.suffix for path in (tmp_path / "curve").iterdir()} == {".jsonl", ".md", ".json", ".png"}
     with pytest.raises(SystemExit):
-        perception_distortion.main([*arguments, "--models", f"ours={TINY}", f"ours={TINY}"])
+        perception_distortion.main([*arguments, f"ours={TINY}"])
     assert "--models has to give each a name of its own" in capsys.readouterr().err
