@@ -9,7 +9,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.nn.functional import group_norm
 
 
-@torch.library.custom_op("diffusers_invsr::group_norm", mutates_args=())
+# With a flexible layout Inductor passes on what it has, mostly NHWC, instead of a copy in the layout that it traced
+@torch.library.custom_op("diffusers_invsr::group_norm", mutates_args=(), tags=torch.Tag.flexible_layout)
 def opaque_group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
@@ -19,32 +20,44 @@ def opaque_group_norm(
 
 @opaque_group_norm.register_fake
 def _(input: Tensor, num_groups: int, weight=None, bias=None, eps: float = 1e-5) -> Tensor:
-    # The kernel keeps NHWC, and nothing else; PyTorch's own description of it has NCHW for both
+    # The kernel keeps NHWC and makes all else contiguous; PyTorch's own fake kernel makes NHWC contiguous, too
     return torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))
 
 
 class KeepGroupNorm(CustomGraphPass):
-    """Makes GroupNorm on a CPU one operation before Inductor takes it apart; where gradients are asked for it may."""
+    """
+    Replaces GroupNorm on a CPU by one operation that Inductor does not take apart. Where gradients are asked for it
+    does nothing, as the operation has none.
+    """
 
     def __call__(self, graph: torch.fx.Graph):
         if torch.is_grad_enabled():
             return
         for node in graph.find_nodes(op="call_function", target=group_norm):
-            if node.meta["example_value"].device.type == "cpu":
+            value = node.meta.get("example_value")
+            if value is not None and value.device.type == "cpu":
                 node.target = torch.ops.diffusers_invsr.group_norm.default
 
     def uuid(self) -> bytes:
-        return get_hash_for_files((__file__,))  # with what it compiled Inductor keeps it
+        return get_hash_for_files((__file__,))  # part of the key under which Inductor caches what it compiled
 
 
-def cpu_options(mode: str | None = None, options: dict[str, Any] | None = None) -> dict[str, Any]:
+KEEP_GROUP_NORM = KeepGroupNorm()  # one for all, or else Dynamo takes each for another compiler
+
+
+def keep_group_norm(arguments: dict[str, Any]) -> dict[str, Any]:
     r"""
-    The options with which Inductor suits a CPU.
+    The same compilation with PyTorch's GroupNorm on a CPU, if Inductor is what compiles.
 
     Args:
-        mode (`str`, *optional*), options (`dict`, *optional*): As in `torch.compile`; options come first.
+        arguments (`dict`): Keyword arguments of `torch.compile`.
 
     Returns:
-        `dict`: `options` of `torch.compile`, instead of these two.
+        `dict`: Keyword arguments for one call of `torch.compile`.
     """
-    return {"pre_grad_custom_pass": KeepGroupNorm()} | list_mode_options(mode or "default") | (options or {})
+    mode, options = arguments.get("mode"), arguments.get("options")
+    backend = arguments.get("backend") or torch.compiler.get_default_backend()
+    if backend != "inductor" or (mode and options):  # PyTorch refuses these two together
+        return arguments
+    options = {"pre_grad_custom_pass": KEEP_GROUP_NORM} | list_mode_options(mode or "default") | (options or {})
+    return arguments | {"mode": None, "options": options}

@@ -24,7 +24,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .checks import is_auto, is_integer, is_real
 from .color_fix import COLOR_FIXES, apply_color_fix
-from .compilation import cpu_options
 from .devices import dtype_of
 from .fallbacks import Float32Mixin, enlarge_within_memory, smaller_tiles_within_memory
 from .hub import HubMixin
@@ -133,13 +132,15 @@ class InvSRPipeline(
         Compile the networks in place. From then on `tile_size="auto"` is the pipeline's own for every image, so that
         all tiles have one shape and nothing is compiled anew for another image; a last batch with fewer tiles is
         compiled once more. Where tiles were larger before, the noise that is drawn differs too, and so does the image.
-        On a CPU, GroupNorm stays PyTorch's own kernel ([`~diffusers_invsr.compilation.KeepGroupNorm`]).
+        On a CPU, GroupNorm keeps PyTorch's own kernel, which is faster there than what Inductor generates.
 
         Args:
             kwargs: Arguments of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
         """
-        if self._execution_device.type == "cpu" and kwargs.get("backend", "inductor") == "inductor":
-            kwargs["options"] = cpu_options(kwargs.pop("mode", None), kwargs.get("options"))
+        if self._execution_device.type == "cpu":
+            from .compilation import keep_group_norm  # here, as it imports private parts of PyTorch
+
+            kwargs = keep_group_norm(kwargs)
         for network in (self.noise_predictor, self.unet, self.vae.encoder, self.vae.decoder):
             network.compile(**kwargs)
 
