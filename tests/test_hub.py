@@ -229,8 +229,8 @@ def test_edited_card_is_kept(hub, published):
 
 @pytest.mark.parametrize("class_name", MODULES)
 def test_bundle_is_self_contained(class_name):
-    body = ast.parse(bundle(class_name)).body
-    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in body)
-    defined = [node.name for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    tree = ast.parse(bundle(class_name))
+    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree))
+    defined = [node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
     assert len(defined) == len(set(defined)), "modules that are put together define the same name"
     assert class_name in defined
