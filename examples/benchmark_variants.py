@@ -25,9 +25,9 @@ class Settings:
     compile: str = field(
         default="no",
         metadata={
-            "choices": ("no", "full", "graphs", "regional"),
-            "help": "`pipe.compile()`, with `mode='reduce-overhead'` (CUDA graphs), or only the UNet's repeated blocks"
-            " (`pipe.unet.compile_repeated_blocks()`)",
+            "choices": ("no", "full", "graphs", "plain", "regional"),
+            "help": "`pipe.compile()`, with `mode='reduce-overhead'` (CUDA graphs), the networks one by one as PyTorch"
+            " compiles them, or only the UNet's repeated blocks (`pipe.unet.compile_repeated_blocks()`)",
         },
     )
     layout: str = field(
@@ -298,6 +298,9 @@ class Runner:
             self.pipe.compile()
         elif self.settings.compile == "graphs":
             self.pipe.compile(mode="reduce-overhead")
+        elif self.settings.compile == "plain":
+            for network in (self.pipe.noise_predictor, self.pipe.unet, self.pipe.vae.encoder, self.pipe.vae.decoder):
+                network.compile()
         elif self.settings.compile == "regional":
             self.pipe.unet.compile_repeated_blocks()
 

@@ -239,7 +239,7 @@ def test_variants_change_one_thing_each():
         (["--steps", "0"], "'0' has to be an integer from 1"),
         (["--variant", "fast"], "'fast' has to be NAME:key=value,key=value"),
         (["--variant", "fast:speed=9"], "'fast:speed=9' has to name each of dtype, compile, layout"),
-        (["--variant", "fast:compile=maybe"], "compile='maybe' has to be one of no, full, graphs, regional"),
+        (["--variant", "fast:compile=maybe"], "compile='maybe' has to be one of no, full, graphs, plain, regional"),
         (["--tile-batch-size", "2", "4", "4"], "the variant 'tile_batch_size=4' occurs 2 times"),
         (["--variant", "base:vae=tiny"], "the variant 'base' occurs 2 times"),
         (["--device", "nowhere"], "--device nowhere cannot be used"),
