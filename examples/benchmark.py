@@ -12,7 +12,7 @@ that alone; `--variant NAME:key=value,key=value` adds combinations. All variants
 steps and number of images, turn by turn, so that what else the machine does hits all alike. `--baseline published`
 adds the published procedure: half-overlapping tiles of the first `--tile-size`, one by one, the text encoded at every
 tile, eager, NCHW, in the first `--dtype`. The reference of speed-ups and PSNR is that, or else `base`. Compiled
-pipelines do not fit tiles to the image; with `compile=full` or `graphs` among the variants, the others do not either.
+pipelines do not fit tiles to the image; with `compile=full`, `graphs` or `plain` among the variants, no other does.
 
 Times are medians with the range of all repeats, after warm-up. Speed-ups are ratios of medians, with the range of the
 ratios of single turns. Operations are those of matrix products, convolutions and attention, a multiplication and an
@@ -262,7 +262,7 @@ def main(args: list[str] | None = None):
         model = load_model(arguments.model, arguments.width, device)
     except (ValueError, OSError) as error:
         raise SystemExit(f"The model cannot be had: {describe(error)}") from error
-    if any(variant.settings.compile in ("full", "graphs") for variant in variants):
+    if any(variant.settings.compile in ("full", "graphs", "plain") for variant in variants):
         variants = [fix_tile_size(variant, model.config.tile_size) for variant in variants]
     workloads = [
         Workload(*size, steps, images)

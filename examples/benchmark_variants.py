@@ -26,8 +26,9 @@ class Settings:
         default="no",
         metadata={
             "choices": ("no", "full", "graphs", "plain", "regional"),
-            "help": "`pipe.compile()`, with `mode='reduce-overhead'` (CUDA graphs), the networks one by one as PyTorch"
-            " compiles them, or only the UNet's repeated blocks (`pipe.unet.compile_repeated_blocks()`)",
+            "help": "`pipe.compile()`, with `mode='reduce-overhead'` (CUDA graphs), the same without keeping"
+            " PyTorch's GroupNorm on a CPU, or only the UNet's repeated blocks"
+            " (`pipe.unet.compile_repeated_blocks()`)",
         },
     )
     layout: str = field(

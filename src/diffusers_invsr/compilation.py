@@ -14,13 +14,16 @@ from torch.nn.functional import group_norm
 def opaque_group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """`torch.nn.functional.group_norm` as one operation, into which no compiler looks. It has no gradient."""
+    """
+    `torch.nn.functional.group_norm`, by its names of parameters, as one operation into which no compiler looks. It has
+    no gradient.
+    """
     return group_norm(input, num_groups, weight, bias, eps)
 
 
 @opaque_group_norm.register_fake
 def _(input: Tensor, num_groups: int, weight=None, bias=None, eps: float = 1e-5) -> Tensor:
-    # The kernel keeps NHWC and makes all else contiguous; PyTorch's own fake kernel makes NHWC contiguous, too
+    # The kernel keeps NHWC and makes all else contiguous, which PyTorch's own fake kernel does not always do
     return torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))
 
 
@@ -57,7 +60,7 @@ def keep_group_norm(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     mode, options = arguments.get("mode"), arguments.get("options")
     backend = arguments.get("backend") or torch.compiler.get_default_backend()
-    if backend != "inductor" or (mode and options):  # PyTorch refuses these two together
+    if backend != "inductor" or None not in (mode, options):  # PyTorch refuses these two together
         return arguments
     options = {"pre_grad_custom_pass": KEEP_GROUP_NORM} | list_mode_options(mode or "default") | (options or {})
     return arguments | {"mode": None, "options": options}

@@ -133,15 +133,17 @@ class InvSRPipeline(
         Compile the networks in place. From then on `tile_size="auto"` is the pipeline's own for every image, so that
         all tiles have one shape and nothing is compiled anew for another image; a last batch with fewer tiles is
         compiled once more. Where tiles were larger before, the noise that is drawn differs too, and so does the image.
-        On a CPU, GroupNorm keeps PyTorch's own kernel, which is faster there than what Inductor generates.
+        Networks that are on a CPU by then keep PyTorch's own kernel for GroupNorm, which is faster there than what
+        Inductor generates.
 
         Args:
             kwargs: Arguments of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
         """
         if self._execution_device.type == "cpu":
             kwargs = keep_group_norm(kwargs)
+        options = kwargs.pop("options", None)
         for network in (self.noise_predictor, self.unet, self.vae.encoder, self.vae.decoder):
-            network.compile(**kwargs)
+            network.compile(**kwargs, options=options and dict(options))  # PyTorch takes entries out of it
 
     @property
     def _execution_device(self) -> torch.device:
