@@ -17,9 +17,11 @@ pipelines do not fit tiles to the image; with `compile=full`, `graphs` or `plain
 Times are medians with the range of all repeats, after warm-up. Speed-ups are ratios of medians, with the range of the
 ratios of single turns. Operations are those of matrix products, convolutions and attention, a multiplication and an
 addition as two; the peak is the best of several products of large matrices in the same number type (on CPUs of small
-ones too, and of these alone where the large ones would take more than a second each), as PyTorch is set up (float32
-convolutions on CUDA may use TF32 where such products do not, and exceed it). PSNR compares the results in 8 bits; with
-random weights it tells whether variants compute the same, not how good a result is.
+ones too, and of these alone where the large ones would take more than a second each), as PyTorch is set up.
+Convolutions can exceed it: in float32 on CUDA they may use TF32 where such products do not, and on a CPU they are
+another library's. PSNR compares the results in 8 bits; with random weights it tells whether variants compute the same,
+not how good a result is.
+
 Memory is the peak of one run beyond what was held before it. With `--keep-memory` all variants run with
 `keep_freed_memory()`. Needs matplotlib.
 """
