@@ -300,8 +300,7 @@ class Runner:
         elif self.settings.compile == "graphs":
             self.pipe.compile(mode="reduce-overhead")
         elif self.settings.compile == "plain":
-            for network in (self.pipe.noise_predictor, self.pipe.unet, self.pipe.vae.encoder, self.pipe.vae.decoder):
-                network.compile()
+            self.pipe.compile(options={"pre_grad_custom_pass": None})
         elif self.settings.compile == "regional":
             self.pipe.unet.compile_repeated_blocks()
 

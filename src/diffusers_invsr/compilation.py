@@ -56,7 +56,7 @@ def keep_group_norm(arguments: dict[str, Any]) -> dict[str, Any]:
         arguments (`dict`): Keyword arguments of `torch.compile`.
 
     Returns:
-        `dict`: Keyword arguments for one call of `torch.compile`.
+        `dict`: The keyword arguments to give it instead.
     """
     mode, options = arguments.get("mode"), arguments.get("options")
     backend = arguments.get("backend") or torch.compiler.get_default_backend()

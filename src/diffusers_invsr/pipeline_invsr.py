@@ -24,7 +24,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from .checks import is_auto, is_integer, is_real
 from .color_fix import COLOR_FIXES, apply_color_fix
-from .compilation import keep_group_norm
 from .devices import dtype_of
 from .fallbacks import Float32Mixin, enlarge_within_memory, smaller_tiles_within_memory
 from .hub import HubMixin
@@ -140,6 +139,8 @@ class InvSRPipeline(
             kwargs: Arguments of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
         """
         if self._execution_device.type == "cpu":
+            from .compilation import keep_group_norm  # here, as it imports private parts of PyTorch
+
             kwargs = keep_group_norm(kwargs)
         options = kwargs.pop("options", None)
         for network in (self.noise_predictor, self.unet, self.vae.encoder, self.vae.decoder):
