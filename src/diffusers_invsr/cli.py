@@ -102,7 +102,9 @@ def upscale(
             "  [default: an eighth of the tile, 8 or more]",
         ),
     ] = None,
-    tile_batch_size: Annotated[int, typer.Option(min=1, help="Tiles at once: only speed and memory change.")] = 1,
+    tile_batch_size: Annotated[
+        int, typer.Option(min=1, help="Tiles at once, for GPUs: only speed and memory change.")
+    ] = 1,
     color_fix: Annotated[
         Literal["none", "wavelet", "ycbcr", "adain"], typer.Option(help="Take the colours from the input.")
     ] = "none",

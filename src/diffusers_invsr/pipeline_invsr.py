@@ -143,7 +143,7 @@ class InvSRPipeline(
 
             kwargs = keep_group_norm(kwargs)
         options = kwargs.pop("options", None)
-        for network in (self.noise_predictor, self.unet, self.vae.encoder, self.vae.decoder):
+        for network in self._networks_to_compile:
             network.compile(**kwargs, options=options and dict(options))  # PyTorch takes entries out of it
 
     @property
@@ -159,8 +159,14 @@ class InvSRPipeline(
     @property
     def is_compiled(self) -> bool:
         """Whether [`~InvSRPipeline.compile`] or `torch.compile(network)` made each shape of tiles a compilation."""
-        networks = (self.noise_predictor, self.unet, self.vae.encoder, self.vae.decoder)
-        return any(hasattr(network, "_orig_mod") or network._compiled_call_impl is not None for network in networks)
+        return any(
+            hasattr(network, "_orig_mod") or network._compiled_call_impl is not None
+            for network in self._networks_to_compile
+        )
+
+    @property
+    def _networks_to_compile(self) -> tuple[torch.nn.Module, ...]:
+        return self.noise_predictor, self.unet, self.vae.encoder, self.vae.decoder
 
     @property
     def size_multiple(self) -> int:
@@ -554,9 +560,9 @@ class InvSRPipeline(
                 `tile_window="gaussian"` or `tile_overlap=tile_size // 2` alone is the published tiling. The defaults
                 were chosen on the embedded model, which has no attention; for others, the published may be better.
             tile_batch_size (`int`, defaults to 1):
-                Tiles, of all images, that go through the networks at once. Where they do not fit into memory, fewer
-                do, and where a single one does not, it begins again with tiles of half the size; both with a warning,
-                and callbacks are called again for what is done again.
+                Tiles, of all images, that go through the networks at once: for GPUs; on a CPU 1 is the fastest. Where
+                they do not fit into memory, fewer do, and where a single one does not, it begins again with tiles of
+                half the size; both with a warning, and callbacks are called again for what is done again.
             color_fix (`str`, *optional*): `"wavelet"`, `"ycbcr"` or `"adain"`: take the colours from the LR image.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of randomness, or one for each image. The same seed gives the same image on the same device.
