@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from diffusers_invsr import tiling
 from diffusers_invsr.tiling import (
     TILE_WINDOWS,
     TileAxis,
@@ -173,7 +174,37 @@ def test_native_and_resampled_paths_agree_inside():
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("target", [(37, 53), (100, 91), (148, 212), (296, 424)])
+def test_a_tile_needs_no_more_of_the_image_than_it_shows(monkeypatch):
+    converted = []
+    monkeypatch.setattr(tiling, "to_float", lambda pixels: [converted.append(pixels.shape[-2:]), pixels][1])
+    TileGrid(torch.rand(1, 3, 500, 600), (1000, 1200), 4, 64, 8, 4).cut(120, 80)
+    assert len(converted) == 2 and all(max(shape) < 64 * 2 + 10 for shape in converted)
+
+
+@pytest.mark.parametrize("target", [(160, 160), (100, 120)])
+def test_tiles_are_cut_and_blended_on_the_cpu_whatever_the_default_device(target):
+    image = torch.rand(1, 3, 40, 40)
+    with torch.device("meta"):
+        grid = TileGrid(image, target, 4, 16, 4, 4)
+        blender = TileBlender(grid, (1, 3), 4)
+        for corner in grid:
+            lr, enlarged = grid.cut(*corner)
+            blender.add(enlarge(lr, 4) if enlarged is None else enlarged, *corner)
+        results = blender.sum, grid.enlarged_rows(0, target[0])
+    assert all(result.device.type == "cpu" for result in results)
+
+
+def test_resampling_is_exact_whatever_matrix_products_are():
+    grid = TileGrid(torch.rand(1, 3, 40, 40), (100, 100), 4, None, 0, 4)
+    expected = grid.cut(0, 0)[1]
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(grid.cut(0, 0)[1], expected)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("target", [(37, 53), (100, 91), (148, 212), (296, 1200)])
 def test_enlarged_rows_are_those_of_antialiased_interpolation(target):
     torch.manual_seed(0)
     image = torch.rand(1, 3, 37, 53)

@@ -16,17 +16,16 @@ def cubic_kernel(x: torch.Tensor, a: float) -> torch.Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
-def cubic_interpolate(
-    image: torch.Tensor, positions: torch.Tensor, dim: int, a: float, stretch: float = 1.0, truncate: bool = False
-) -> torch.Tensor:
+def cubic_weights(
+    positions: torch.Tensor, length: int, a: float, stretch: float = 1.0, truncate: bool = False
+) -> tuple[slice, torch.Tensor]:
     r"""
     Bicubic interpolation along one axis at any positions, so that a part of a large enlargement can be had without
     the whole of it.
 
     Args:
-        image (`torch.Tensor`): Float image.
-        positions (`torch.Tensor`): Sampling positions of shape `(n,)`, in pixels from the centre of the first one.
-        dim (`int`): Axis.
+        positions (`torch.Tensor`): Sampling positions `(n,)`, float64, in pixels from the centre of the first one.
+        length (`int`): Pixels of the axis.
         a (`float`): Parameter of [`cubic_kernel`].
         stretch (`float`, defaults to 1.0): Widening of the kernel; the shrinking factor where the image is shrunk.
         truncate (`bool`, defaults to `False`):
@@ -34,24 +33,27 @@ def cubic_interpolate(
             border pixel.
 
     Returns:
-        `torch.Tensor`: The image with `n` pixels along `dim`.
+        `tuple[slice, torch.Tensor]`: The pixels that are needed, and their weights `(n, pixels)` in float64, in which
+        no setting of PyTorch's makes matrix products inexact.
     """
-    length = image.shape[dim]
     num_taps = int(4 * stretch) + 2
-    first = (positions - 2 * stretch).floor()
-    taps = first[:, None] + torch.arange(num_taps)
+    taps = (positions - 2 * stretch).floor()[:, None] + torch.arange(num_taps, device="cpu")
     weights = cubic_kernel((taps - positions[:, None]) / stretch, a)
     if truncate:
         weights = weights * ((taps >= 0) & (taps < length))
-    weights = (weights / weights.sum(dim=1, keepdim=True)).to(image.dtype)
+    weights = weights / weights.sum(dim=1, keepdim=True)
     indices = taps.long().clamp(0, length - 1)
+    first, last = int(indices.min()), int(indices.max())
+    matrix = positions.new_zeros(len(positions), last + 1 - first).scatter_add_(1, indices - first, weights)
+    return slice(first, last + 1), matrix
 
-    shape = [1] * image.ndim
-    shape[dim] = -1
-    result = 0
-    for index, weight in zip(indices.T, weights.T):
-        result = result + image.index_select(dim, index) * weight.reshape(shape)
-    return result
+
+def resample(
+    pixels: torch.Tensor, rows: tuple[slice, torch.Tensor], columns: tuple[slice, torch.Tensor]
+) -> torch.Tensor:
+    """Pixels `(..., height, width)` at other positions, in float32, by the [`cubic_weights`] of both axes."""
+    (rows, row_weights), (columns, column_weights) = rows, columns
+    return (row_weights @ to_float(pixels[..., rows, columns]).double() @ column_weights.T).float()
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -65,6 +67,7 @@ def enlarge(lr: torch.Tensor, scale: int) -> torch.Tensor:
 
 
 TILE_WINDOWS = ("gaussian", "raised_cosine")
+COLUMNS_AT_ONCE = 512
 
 
 def choose_overlap_and_window(tile_size: int | None, overlap: int | None, window: str | None) -> tuple[int, str]:
@@ -94,13 +97,13 @@ def gaussian_window(size: int) -> torch.Tensor:
     """The published blending window of `size` output pixels: for even sizes, points 1 ... size of one longer by 1."""
     sigma = 0.3 * ((size - 1) / 2 - 1) + 0.8
     length = size + 1 if size % 2 == 0 else size
-    x = torch.arange(length, dtype=torch.float32) - (length - 1) / 2
+    x = torch.arange(length, dtype=torch.float32, device="cpu") - (length - 1) / 2
     return torch.exp(-(x**2) / (2 * sigma**2))[length - size :]
 
 
 def raised_cosine_window(size: int, ramp: int) -> torch.Tensor:
     """A window of `size` output pixels that is 1, with cosine ramps of `ramp` pixels at both ends."""
-    x = torch.arange(size, dtype=torch.float32) + 0.5
+    x = torch.arange(size, dtype=torch.float32, device="cpu") + 0.5
     distance = torch.minimum(x, size - x)  # from the tile's nearer end
     return torch.sin(0.5 * torch.pi * (distance / max(ramp, 0.5)).clamp(max=1)) ** 2
 
@@ -152,9 +155,10 @@ class TileAxis:
         with several pixels an LR pixel, these run backwards inside a reflected one.
         """
         period = max(2 * (self.length - 1), 1)
-        pixel = torch.arange(start - self.front, start - self.front + self.tile_length, dtype=torch.float64) % period
+        first, float64 = start - self.front, {"dtype": torch.float64, "device": "cpu"}
+        pixel = torch.arange(first, first + self.tile_length, **float64) % period
         mirrored = pixel > period - pixel
-        inside = (torch.arange(pixels_per_lr, dtype=torch.float64) + 0.5) / pixels_per_lr - 0.5
+        inside = (torch.arange(pixels_per_lr, **float64) + 0.5) / pixels_per_lr - 0.5
         pixel, inside = pixel[:, None], inside[None]
         return torch.where(mirrored[:, None], period - pixel - inside, pixel + inside).flatten()
 
@@ -165,7 +169,7 @@ class TileAxis:
             window = gaussian_window(factor)
         else:
             window = raised_cosine_window(factor, int(self.overlap * pixels_per_lr))
-        total = torch.zeros(int(self.padded_length * pixels_per_lr))
+        total = torch.zeros(int(self.padded_length * pixels_per_lr), dtype=window.dtype, device=window.device)
         offsets = {start: int(start * pixels_per_lr) for start in self.starts}
         for offset in offsets.values():
             total[offset : offset + factor] += window
@@ -246,40 +250,41 @@ class TileGrid:
         """Corners `(top, left)` of the tiles in the padded image, row by row."""
         return ((top, left) for top in self.rows.starts for left in self.columns.starts)
 
-    def cut(self, top: int, left: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The tile at a corner, in float32: LR `(batch, 3, h, w)` and enlarged `(batch, 3, scale * h, scale * w)`.
+    def cut(self, top: int, left: int, images: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tile at a corner of some of the images, in float32: LR `(batch, 3, h, w)` and enlarged
+        `(batch, 3, scale * h, scale * w)`.
 
         At the model's own scale the latter is `None`: it is [`enlarge`] of the former, best done on the device.
         """
+        pixels = self.pixels[images]
         if self.native:
             rows, columns = self.rows.positions(top).long(), self.columns.positions(left).long()
-            return to_float(self.pixels.index_select(-2, rows).index_select(-1, columns)), None
-        return self._resample(top, left, 1), self._resample(top, left, self.scale)
+            return to_float(pixels.index_select(-2, rows).index_select(-1, columns)), None
+        return self._resample(pixels, top, left, 1), self._resample(pixels, top, left, self.scale)
 
-    def _resample(self, top: int, left: int, pixels_per_lr: int) -> torch.Tensor:
-        tile = self.pixels
-        for axis, start, step, dim in zip((self.rows, self.columns), (top, left), self.steps, (-2, -1)):
+    def _resample(self, pixels: torch.Tensor, top: int, left: int, pixels_per_lr: int) -> torch.Tensor:
+        weights = []
+        for axis, start, step, length in zip((self.rows, self.columns), (top, left), self.steps, pixels.shape[-2:]):
             source_per_lr = self.scale * step
             positions = (axis.positions(start, pixels_per_lr) + 0.5) * source_per_lr - 0.5
             stretch = max(source_per_lr / pixels_per_lr, 1.0)
-            margin = int(2 * stretch) + 2
-            first = max(int(positions.min()) - margin, 0)
-            stop = min(int(positions.max()) + margin + 1, tile.shape[dim])
-            tile = to_float(tile.narrow(dim, first, max(stop - first, 1)))
-            tile = cubic_interpolate(tile, positions - first, dim, a=-0.5 if stretch > 1 else -0.75, stretch=stretch)
-        return tile
+            weights.append(cubic_weights(positions, length, a=-0.5 if stretch > 1 else -0.75, stretch=stretch))
+        return resample(pixels, *weights)
 
     def enlarged_rows(self, start: int, stop: int, image: int = 0) -> torch.Tensor:
         """Rows `start` to `stop` of one of the images, enlarged to the target size by antialiased bicubic
         interpolation: `(1, 3, stop - start, target width)`, not clamped.
         """
-        (row_step, column_step), dtype = self.steps, torch.float64
-        rows = (torch.arange(start, stop, dtype=dtype) + 0.5) * row_step - 0.5
-        columns = (torch.arange(self.target_size[1], dtype=dtype) + 0.5) * column_step - 0.5
-        first = max(int(rows[0]) - 3, 0)
-        band = to_float(self.pixels[image : image + 1, :, first : int(rows[-1]) + 4])
-        band = cubic_interpolate(band, rows - first, -2, a=-0.5, truncate=True)
-        return cubic_interpolate(band, columns, -1, a=-0.5, truncate=True)
+        pixels = self.pixels[image : image + 1]
+
+        def weights(first: int, stop: int, dim: int) -> tuple[slice, torch.Tensor]:
+            positions = (torch.arange(first, stop, dtype=torch.float64, device="cpu") + 0.5) * self.steps[dim] - 0.5
+            return cubic_weights(positions, pixels.shape[dim], a=-0.5, truncate=True)
+
+        rows, width = weights(start, stop, -2), self.target_size[1]
+        # In pieces, as the weights of all columns, mostly zeros, would grow with the square of the width
+        pieces = [(first, min(first + COLUMNS_AT_ONCE, width)) for first in range(0, width, COLUMNS_AT_ONCE)]
+        return torch.cat([resample(pixels, rows, weights(*piece, -1)) for piece in pieces], dim=-1)
 
 
 class TileBlender:
@@ -308,7 +313,7 @@ class TileBlender:
     @cached_property
     def sum(self) -> torch.Tensor:
         """The blended images `(batch, channels, height, width)`; 0 where no tile was added yet."""
-        return torch.zeros(self.size)
+        return torch.zeros(self.size, dtype=torch.float32, device="cpu")
 
     def add(self, tile: torch.Tensor, top: int, left: int) -> bool:
         """Add the result `(batch, channels, height, width)` of the tile at a corner; whether it was the last one."""
