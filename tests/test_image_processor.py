@@ -142,6 +142,7 @@ def test_batches_and_nested_lists_come_one_by_one():
         (np.full((4, 4, 3), np.nan), ValueError, "NaN"),
         (torch.full((3, 4, 4), float("inf")), ValueError, "NaN or infinity"),
         (np.full((4, 4, 3), -1, dtype=np.int16), ValueError, "no negative values, but has -1"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), ValueError, "8 or 16 bits, such as uint8 or uint16, but has int64"),
         (np.zeros((4, 4, 3), dtype=complex), ValueError, "integers or floats, but holds complex128"),
         (Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)), ValueError, "0 ... 65535"),
     ],
@@ -149,6 +150,18 @@ def test_batches_and_nested_lists_come_one_by_one():
 def test_unusable_images_are_refused(image, error, message):
     with pytest.raises(error, match=message):
         processor.preprocess(image)
+
+
+def test_floats_may_be_off_by_rounding():
+    (item,) = processor.preprocess(torch.tensor([-1e-6, 0.5, 1 + 1e-6]).expand(3, 4, 3))
+    assert item.pixels.min() == 0 and item.pixels.max() == 1
+
+
+def test_read_only_arrays_are_copied(recwarn):
+    array = np.asarray(picture("L"))
+    assert not array.flags.writeable
+    processor.preprocess(array)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA"])

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 GREY_MODES = ("1", "L", "LA", "La", "I", "F")
 ROWS_AT_ONCE = 128
+ROUNDING = 1e-4  # by which floats may exceed their range, as after resampling
 
 
 @dataclass
@@ -40,7 +41,7 @@ class InvSRImageProcessor:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
                 PIL images of any mode, upright by their EXIF orientation; arrays `(H, W)`, `(H, W, C)` or
                 `(B, H, W, C)`; tensors `(H, W)`, `(C, H, W)` or `(B, C, H, W)`. C is 1 (grey), 2 (grey, alpha),
-                3 (RGB) or 4 (RGB, alpha). Floats are in [0, 1], integers fill their type's range.
+                3 (RGB) or 4 (RGB, alpha). Floats are in [0, 1], integers of 8 or 16 bits fill their type's range.
 
         Returns:
             `list[InputImage]`: The images, one by one.
@@ -114,7 +115,7 @@ class InvSRImageProcessor:
             alpha = Image.fromarray(np.ascontiguousarray(pixels[..., -1]))
             pixels = pixels[..., :-1]
         grey = pixels.shape[-1] == 1
-        pixels = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        pixels = torch.from_numpy(np.require(pixels.transpose(2, 0, 1), requirements=["C", "W"]))
         return InputImage(pixels=pixels.expand(3, -1, -1), alpha=alpha, grey=grey)
 
     @staticmethod
@@ -134,6 +135,10 @@ class InvSRImageProcessor:
         if pixels.dtype == bool:
             return pixels.astype(np.float32)
         if np.issubdtype(pixels.dtype, np.integer):
+            if pixels.dtype.itemsize > 2:  # whose range no image fills
+                raise ValueError(
+                    f"`image` of integers has to have 8 or 16 bits, such as uint8 or uint16, but has {pixels.dtype}."
+                )
             if pixels.min() < 0:
                 raise ValueError(f"`image` of integers has to have no negative values, but has {pixels.min()}.")
             return (pixels / np.iinfo(pixels.dtype).max).astype(np.float32)
@@ -141,11 +146,11 @@ class InvSRImageProcessor:
             raise ValueError(f"`image` has to hold integers or floats, but holds {pixels.dtype}.")
         if not np.isfinite(pixels).all():
             raise ValueError("`image` has to hold finite values, but has NaN or infinity.")
-        if pixels.min() < 0 or pixels.max() > 1:
+        if pixels.min() < -ROUNDING or pixels.max() > 1 + ROUNDING:
             raise ValueError(
                 f"`image` of floats has to have values in [0, 1], but has {pixels.min()} ... {pixels.max()}."
             )
-        return pixels.astype(np.float32)
+        return pixels.astype(np.float32).clip(0, 1)
 
     def postprocess(self, result: torch.Tensor, item: InputImage, output_type: str) -> Image.Image | torch.Tensor:
         r"""
@@ -188,7 +193,7 @@ class InvSRImageProcessor:
         if len(results) == 1:
             batch = results[0][None]
         else:
-            batch = torch.empty(len(results), *results[0].shape)
+            batch = results[0].new_empty(len(results), *results[0].shape)
             for item in batch:
                 item.copy_(results.pop(0))
         return batch.permute(0, 2, 3, 1).numpy() if output_type == "np" else batch
@@ -205,7 +210,7 @@ class InvSRImageProcessor:
     @staticmethod
     def _to_pil(result: torch.Tensor, item: InputImage) -> Image.Image:
         height, width = result.shape[-2:]
-        pixels = torch.empty(height, width, 3, dtype=torch.uint8)
+        pixels = torch.empty(height, width, 3, dtype=torch.uint8, device="cpu")
         for start in range(0, height, ROWS_AT_ONCE):  # a float copy of the whole would double the memory
             rows = (result[:, start : start + ROWS_AT_ONCE] * 255).round_().byte()
             pixels[start : start + ROWS_AT_ONCE] = rows.permute(1, 2, 0)
