@@ -91,6 +91,11 @@ def test_wrong_schedules_are_refused(arguments, message):
         InvSRScheduler().set_timesteps(**arguments)
 
 
+def test_schedules_beyond_the_training_steps_are_refused():
+    with pytest.raises(ValueError, match="cannot start beyond `num_train_timesteps=200`"):
+        InvSRScheduler(num_train_timesteps=200).set_timesteps(5)
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_steps_of_equal_stride_are_those_of_ddim(prediction_type, eta):

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ def read_checkpoint(file: str | os.PathLike) -> dict[str, torch.Tensor]:
             state_dict = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
+        if isinstance(error, UnpicklingError):  # PyTorch goes on to advise running what the file says
+            reason = "it is damaged, or holds more than tensors"
         raise ValueError(f"{str(file)!r} cannot be read as a file of tensors ({reason}).") from error
     if isinstance(state_dict, dict) and isinstance(state_dict.get("state_dict"), dict):
         state_dict = state_dict["state_dict"]

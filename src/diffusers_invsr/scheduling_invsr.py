@@ -214,6 +214,8 @@ class InvSRScheduler(DDIMScheduler):
             steps = starting_schedule(1 if num_inference_steps is None else num_inference_steps, start_timestep)
         else:
             steps = published_schedule(1 if num_inference_steps is None else num_inference_steps)
+        if steps[0] > len(self._alphas):
+            raise ValueError(f"`timesteps={steps}` cannot start beyond `num_train_timesteps={len(self._alphas)}`.")
         self.num_inference_steps = len(steps)
         indices = [step - 1 for step in steps]
         self.timesteps = torch.tensor(indices, dtype=torch.int64, device=device)
