@@ -138,6 +138,8 @@ def load_without_package(expected: str) -> dict:
     )
     pipe.register_modules(noise_predictor=predictor_class.from_pretrained("user/predictor"))
     differences["noise_predictor"] = (enlarge(pipe) - expected).abs().max().item()
+    pipe.compile(backend="eager")
+    differences["compiled"] = (enlarge(pipe) - expected).abs().max().item()
 
     pipe = DiffusionPipeline.from_pretrained("user/variants", variant="fp16", dtype=torch.float16, **remote_code)
     dtype = str(pipe.unet.dtype)

@@ -1,7 +1,11 @@
 """Saving, and every way of loading from a folder with the package installed."""
 
+import copy
+import gc
 import json
 import logging
+import pickle
+import weakref
 from pathlib import Path
 
 import pytest
@@ -163,6 +167,37 @@ def test_embeddings_follow_the_text_encoders_weights(folder, expected):
         for weight in pipe.text_encoder.parameters():
             weight.mul_(1.5)
     assert not torch.equal(enlarge(pipe), expected)
+
+
+@pytest.mark.parametrize("duplicate", [lambda pipe: pickle.loads(pickle.dumps(pipe)), copy.copy, copy.deepcopy])
+def test_copies_after_a_call(folder, expected, duplicate):
+    pipe = InvSRPipeline.from_pretrained(folder)
+    enlarge(pipe)
+    assert (enlarge(duplicate(pipe)) - expected).abs().max() < 1e-5
+
+
+def test_kept_embeddings_hold_no_gradients(folder):
+    embeds, _ = InvSRPipeline.from_pretrained(folder).encode_prompt(device=torch.device("cpu"))
+    assert not embeds.requires_grad
+
+
+def test_a_dropped_text_encoder_is_freed_though_it_was_offloaded(folder):
+    pipe = InvSRPipeline.from_pretrained(folder)
+    pipe.enable_model_cpu_offload(device=torch.device("cpu"))
+    encoder = weakref.ref(pipe.text_encoder)
+    pipe.drop_text_encoder()
+    gc.collect()
+    assert encoder() is None
+
+
+def test_lora_of_a_text_encoder_is_left_out_where_there_is_none(folder, caplog):
+    logger = logging.getLogger("diffusers_invsr.prompt_embeds")
+    logger.addHandler(caplog.handler)
+    InvSRPipeline.load_lora_into_text_encoder({"unet.a": None}, None, None)
+    assert not caplog.text
+    InvSRPipeline.load_lora_into_text_encoder({"text_encoder.a": None}, None, None, prefix=None)
+    logger.removeHandler(caplog.handler)
+    assert "layers for a text encoder are left out" in caplog.text
 
 
 @pytest.mark.parametrize("without_text", [False, True])

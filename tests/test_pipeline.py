@@ -8,7 +8,8 @@ from diffusers import AutoencoderTiny, DDIMScheduler
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
-from diffusers_invsr import InvSRPipeline, InvSRPipelineOutput
+from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRPipelineOutput
+from diffusers_invsr.tiling import TileBlender
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -121,6 +122,29 @@ def test_images_of_several_sizes(pipe):
     results = pipe(images, generator=[generator(i) for i in range(3)])
     assert [tuple(result.shape) for result in results] == [(3, 64, 96), (3, 64, 96), (3, 96, 64)]
     torch.testing.assert_close(results[2][None], pipe(images[2], generator=generator(2)), atol=1e-4, rtol=0)
+
+
+def test_images_of_several_number_types(pipe):
+    images = [(photo(16, 24)[0] * 255).byte(), photo(16, 24, seed=1)[0], (photo(16, 24)[0] * 255).byte()]
+    results = pipe(images, generator=[generator(i) for i in range(3)])
+    for i, result in enumerate(results):
+        torch.testing.assert_close(result[None], pipe(images[i], generator=generator(i)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_pytorchs_default_number_type_changes_nothing(pipe, scale, dtype):
+    arguments = {"scale": scale, "tile_size": 16, "generator": None, "output_type": "np", "color_fix": "wavelet"}
+    image, results = photo(20, 24), []
+    for default in (torch.float32, dtype):
+        torch.manual_seed(0)
+        torch.set_default_dtype(default)
+        try:
+            results.append(pipe(image, **arguments))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert results[1].dtype == np.float32
+    np.testing.assert_allclose(*results, atol=1e-5)
 
 
 @pytest.mark.parametrize("tile_size", [None, 16])
@@ -363,6 +387,38 @@ def test_guidance_changed_by_a_callback_holds_for_the_batch_alone(pipe):
     torch.testing.assert_close(*results, atol=1e-4, rtol=0)
 
 
+def test_guidance_cut_off_leaves_each_image_its_prompt(pipe, prompt_embeds):
+    arguments = {
+        "num_steps": 3,
+        "guidance_scale": 2.5,
+        "prompt_embeds": torch.cat([prompt_embeds["prompt_embeds"], prompt_embeds["negative_prompt_embeds"]]),
+        "callback_on_step_end": SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0),
+    }
+    results = [
+        pipe(photo(batch=2), **arguments, tile_batch_size=size, generator=[generator(0), generator(1)])
+        for size in (1, 2)
+    ]
+    torch.testing.assert_close(*results, atol=1e-4, rtol=0)
+
+
+def test_embeddings_that_a_callback_changes_in_place_are_its_own(pipe, prompt_embeds):
+    def callback(pipeline, step, timestep, kwargs):
+        kwargs["prompt_embeds"].zero_()
+        return kwargs
+
+    embeds, arguments = prompt_embeds["prompt_embeds"].clone(), {"num_steps": 2, "tile_size": 16}
+    expected = pipe(photo(), **arguments)
+    changed = pipe(
+        photo(),
+        **arguments,
+        prompt_embeds=embeds,
+        callback_on_step_end=callback,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )
+    assert not torch.allclose(changed, expected)
+    assert torch.equal(embeds, prompt_embeds["prompt_embeds"])
+
+
 def test_scheduler_of_another_kind_is_refused(pipe):
     pipe.pipeline.register_modules(scheduler=DDIMScheduler.from_config(pipe.pipeline.scheduler.config))
     with pytest.raises(ValueError, match="`scheduler` has to be an InvSRScheduler, but is a DDIMScheduler"):
@@ -382,6 +438,32 @@ def test_mismatched_noise_predictor_is_refused(pipe):
     pipe.pipeline.register_to_config(scale=2)
     with pytest.raises(ValueError, match="reduces its input by 2, but .* need 4"):
         pipe(photo())
+
+
+def test_noise_predictor_for_other_latents_is_refused(pipe, cases):
+    predictor = InvSRNoisePredictor(**{**cases["noise_predictor"], "latent_channels": 16})
+    pipe.pipeline.register_modules(noise_predictor=predictor)
+    with pytest.raises(ValueError, match="noise of 16 channels, but the latents of `vae` have 4"):
+        pipe(photo())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_images_of_one_size_come_one_after_another(pipe, monkeypatch, shared):
+    """So that memory holds the sum of one at a time; unless one generator draws for all."""
+    order, add = [], TileBlender.add
+    monkeypatch.setattr(
+        TileBlender, "add", lambda self, *args, **at: [order.append(id(self)), add(self, *args, **at)][1]
+    )
+    pipe(photo(16, 40, batch=3), tile_size=16, tile_overlap=4, generator=generator(0) if shared else None)
+    changes = sum(before != after for before, after in zip(order, order[1:]))
+    assert len(order) == 9 and changes == (8 if shared else 2)
+
+
+def test_steps_can_be_called_alone(pipe):
+    pipeline = pipe.pipeline
+    pipeline.scheduler.set_timesteps(1)
+    embeds = torch.zeros(1, 3, pipeline.unet.config.cross_attention_dim)
+    assert pipeline.denoise(torch.zeros(1, 4, 8, 8), torch.zeros(2, 1, 4, 8, 8), 0.0, embeds, None).isfinite().all()
 
 
 def test_tiles_of_different_images_are_pooled(pipe):

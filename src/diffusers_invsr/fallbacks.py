@@ -112,11 +112,11 @@ class Float32Mixin:
         dtypes = {name: getattr(self, name).dtype for name in names}
         try:
             for name in names:
-                getattr(self, name).to(torch.float32)
+                torch.nn.Module.to(getattr(self, name), torch.float32)  # diffusers' own warns of what it may lose
             yield
         finally:
             for name, dtype in dtypes.items():
-                getattr(self, name).to(dtype)
+                torch.nn.Module.to(getattr(self, name), dtype)
 
     def redo_in_float32(self, enlarge: Callable[[list[Tile]], torch.Tensor], tile: Tile) -> torch.Tensor:
         r"""

@@ -53,7 +53,7 @@ def bundle(class_name: str) -> str:
         seen.add(module)
         source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
         lines = source.splitlines(keepends=True)
-        for node in ast.walk(ast.parse(source)):  # functions may import, too
+        for node in ast.parse(source).body:
             if isinstance(node, ast.ImportFrom) and node.level:
                 add(node.module)
                 lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)

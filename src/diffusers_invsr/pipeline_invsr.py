@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,7 @@ class InvSRPipeline(
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = InvSRImageProcessor()
         self._fixed_prompt_embeds, self._fixed_prompt_source = {}, None
+        self._guidance_scale, self._interrupt, self._num_timesteps = 1.0, False, 0
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
@@ -139,9 +140,12 @@ class InvSRPipeline(
             kwargs: Arguments of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
         """
         if self._execution_device.type == "cpu":
-            from .compilation import keep_group_norm  # here, as it imports private parts of PyTorch
+            try:
+                from diffusers_invsr.compilation import keep_group_norm
 
-            kwargs = keep_group_norm(kwargs)
+                kwargs = keep_group_norm(kwargs)
+            except ImportError as error:  # of a private part of PyTorch, or of this package beside code from the Hub
+                logger.warning(f"Compiling GroupNorm as well, which makes it slower on a CPU: {error}.")
         options = kwargs.pop("options", None)
         for network in self._networks_to_compile:
             network.compile(**kwargs, options=options and dict(options))  # PyTorch takes entries out of it
@@ -281,6 +285,12 @@ class InvSRPipeline(
                 f"`noise_predictor` reduces its input by {reduction}, but `scale={self.config.scale}` and a VAE that"
                 f" reduces by {self.vae_scale_factor} need {1 / latents_per_lr:g}."
             )
+        channels = {part: getattr(self, part).config.latent_channels for part in ("noise_predictor", "vae")}
+        if len(set(channels.values())) > 1:
+            raise ValueError(
+                f"`noise_predictor` predicts noise of {channels['noise_predictor']} channels, but the latents of `vae`"
+                f" have {channels['vae']}."
+            )
 
     def prepare_noise(
         self, batch_size: int, height: int, width: int, num_maps: int, generator, device: torch.device
@@ -300,7 +310,7 @@ class InvSRPipeline(
         """
         side = self.config.scale / self.vae_scale_factor
         shape = (batch_size, self.vae.config.latent_channels, int(height * side), int(width * side))
-        return torch.stack([randn_tensor(shape, generator=generator, device=device) for _ in range(num_maps)])
+        return torch.stack([randn_tensor(shape, generator, device, torch.float32) for _ in range(num_maps)])
 
     @staticmethod
     def _draw(dist: DiagonalGaussianDistribution, noise: torch.Tensor) -> torch.Tensor:
@@ -398,10 +408,11 @@ class InvSRPipeline(
                     callback_kwargs[k] = locals()[k]
                 callback_outputs = callback_on_step_end(self, i, index, callback_kwargs) or {}
                 latents = callback_outputs.pop("latents", latents)
-                prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
+                embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                 negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
-                if prompt_embeds is not None:  # SDCFGCutoffCallback gives one for all tiles
-                    prompt_embeds = prompt_embeds.expand(len(latents), -1, -1)
+                # SDCFGCutoffCallback gives the last tile's for all: each keeps its own
+                if embeds is not None and embeds.data_ptr() != prompt_embeds[-1:].data_ptr():
+                    prompt_embeds = embeds.expand(len(latents), -1, -1)
             if progress_bar is not None:
                 progress_bar.update(len(latents))
         return latents
@@ -474,7 +485,9 @@ class InvSRPipeline(
         device: torch.device,
     ) -> Iterator[Tile]:
         r"""
-        Cut tiles and draw their noise, tile by tile, so that results do not depend on how tiles are batched.
+        Cut tiles and draw their noise, tile by tile, so that results do not depend on how tiles are batched. Images
+        come one after another; but where one generator serves several of one size, it draws the same tile of all of
+        them at once, and all are on their way together.
 
         Args:
             runs (`list[tuple[slice, TileGrid]]`): Images of one size and their grid.
@@ -484,11 +497,13 @@ class InvSRPipeline(
             device (`torch.device`): Where noise is drawn if there is no generator.
         """
         for run, grid in runs:
-            run_generator = list(generator[run]) if isinstance(generator, (list, tuple)) else generator
-            for top, left in grid:
-                lr, enlarged = grid.cut(top, left)
-                noise = self.prepare_noise(len(lr), *lr.shape[-2:], num_maps, run_generator, device)
-                for i, image in enumerate(range(run.start, run.stop)):
+            size = run.stop - run.start if isinstance(generator, torch.Generator) else 1
+            for first, (top, left) in product(range(run.start, run.stop, size), grid):
+                images = range(first, first + size)
+                lr, enlarged = grid.cut(top, left, slice(first - run.start, first - run.start + size))
+                sources = [generator[i] for i in images] if isinstance(generator, (list, tuple)) else generator
+                noise = self.prepare_noise(size, *lr.shape[-2:], num_maps, sources, device)
+                for i, image in enumerate(images):
                     part = slice(i, i + 1)
                     yield Tile(
                         lr[part],
@@ -531,7 +546,8 @@ class InvSRPipeline(
         Args:
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
                 The LR images. PIL of any mode; arrays `(H, W)`, `(H, W, C)` or `(B, H, W, C)`; tensors `(C, H, W)` or
-                `(B, C, H, W)`; floats in [0, 1], integers by their type's range. Transparency is enlarged as well.
+                `(B, C, H, W)`; floats in [0, 1], integers of 8 or 16 bits by their type's range. Transparency is
+                enlarged as well.
             num_steps (`int`, defaults to 1):
                 Number of diffusion steps; 1 beside `timesteps` counts as not given. The published schedules are
                 [200], [200, 100], [200, 100, 50], [200, 150, 100, 50] and [250, 200, 150, 100, 50]; more, up to 250,
@@ -562,7 +578,8 @@ class InvSRPipeline(
             tile_batch_size (`int`, defaults to 1):
                 Tiles, of all images, that go through the networks at once: for GPUs; on a CPU 1 is the fastest. Where
                 they do not fit into memory, fewer do, and where a single one does not, it begins again with tiles of
-                half the size; both with a warning, and callbacks are called again for what is done again.
+                half the size; both with a warning, and callbacks are called again for what is done again. With
+                `enable_model_cpu_offload`, networks move to the device and back for every batch, so larger ones pay.
             color_fix (`str`, *optional*): `"wavelet"`, `"ycbcr"` or `"adain"`: take the colours from the LR image.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of randomness, or one for each image. The same seed gives the same image on the same device.
@@ -649,9 +666,9 @@ class InvSRPipeline(
             device,
         )
 
-        # 4. Cut the images into tiles; images of one size that follow one another share a grid
+        # 4. Cut the images into tiles; images of one size and number type that follow one another share a grid
         runs, blenders, enlarged_rows = [], {}, {}
-        for _, members in groupby(range(len(inputs)), key=lambda i: inputs[i].pixels.shape):
+        for _, members in groupby(range(len(inputs)), key=lambda i: (inputs[i].pixels.shape, inputs[i].pixels.dtype)):
             members = list(members)
             run = slice(members[0], members[-1] + 1)
             grid = self.cut_into_tiles(inputs[run], scale, target_size, tile_size, tile_overlap, tile_window)

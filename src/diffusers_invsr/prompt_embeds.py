@@ -5,11 +5,14 @@ import weakref
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import logging
 from torch import nn
 
 from .checks import is_real
 from .devices import dtype_of
 
+
+logger = logging.get_logger(__name__)
 
 # The fixed prompts of the published weights.
 PROMPT = (
@@ -176,7 +179,8 @@ class FixedPromptMixin:
             self._fixed_prompt_embeds.clear()
         key = (text, str(device), dtype_of(self.unet))
         if key not in self._fixed_prompt_embeds:
-            self._fixed_prompt_embeds[key] = self._embed(text, device)
+            with torch.no_grad():
+                self._fixed_prompt_embeds[key] = self._embed(text, device)
         return self._fixed_prompt_embeds[key]
 
     def _embed(self, text: str | list[str], device: torch.device) -> torch.Tensor:
@@ -204,3 +208,23 @@ class FixedPromptMixin:
         )
         self.register_modules(fixed_prompt=fixed_prompt, text_encoder=None, tokenizer=None)
         self._fixed_prompt_embeds.clear()
+        self.maybe_free_model_hooks()  # those of offloading would keep the encoder
+
+    def fuse_lora(self, *args, **kwargs):
+        self._fixed_prompt_embeds.clear()  # merging leaves no trace in the weights' versions
+        super().fuse_lora(*args, **kwargs)
+
+    def unfuse_lora(self, *args, **kwargs):
+        self._fixed_prompt_embeds.clear()
+        super().unfuse_lora(*args, **kwargs)
+
+    @classmethod
+    def load_lora_into_text_encoder(cls, state_dict: dict, network_alphas: dict | None, text_encoder, **kwargs):
+        if text_encoder is not None:
+            super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, **kwargs)
+        elif any(key.startswith(cls.text_encoder_name) for key in state_dict):
+            logger.warning("The LoRA's layers for a text encoder are left out: this pipeline has none.")
+
+    def __getstate__(self) -> dict:
+        """The pipeline for pickling and copying, without the cache of embeddings."""
+        return self.__dict__ | {"_fixed_prompt_embeds": {}, "_fixed_prompt_source": None}

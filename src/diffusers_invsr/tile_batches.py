@@ -75,11 +75,12 @@ def collate(tiles: list[Tile], scale: int, device: torch.device) -> tuple[torch.
 
 
 def select(embeds: torch.Tensor | None, tiles: list[Tile]) -> torch.Tensor | None:
-    """Embeddings `(tiles, tokens, width)` of tiles' images, from those of all images or of each."""
+    """Embeddings `(tiles, tokens, width)` of tiles' images, from those of all images or of each; copies, as callbacks
+    may change them."""
     if embeds is None:
         return None
     if len(embeds) == 1:
-        return embeds.expand(len(tiles), -1, -1)
+        return embeds.repeat(len(tiles), 1, 1)
     # Not by a list of indices: copying it to the device would wait for the batch before
     return torch.cat([embeds[tile.image : tile.image + 1] for tile in tiles])
 
