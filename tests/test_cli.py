@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler, __version__
 from diffusers_invsr.cli import app
 from diffusers_invsr.cli_models import saved_dtypes
-from diffusers_invsr.image_files import save_image
+from diffusers_invsr.image_files import read_image, save_image
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -478,16 +478,27 @@ def test_names_that_cannot_be_printed(folder, model):
 
 
 @pytest.mark.slow
-def test_interrupt(folder, model):
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt(folder, model, number, status):
     save("a.png")
     make_image((200, 200)).save("b.png")
     process = command_line(folder, "upscale", "a.png", "b.png", "-o", "out", "--model", model, "--tile-size", 8)
     assert process.stdout.readline() == "a.png -> out/a.png (12x10 to 48x40)\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == status
     assert errors == ""
     assert names_in("out") == ["a.png"]
+
+
+@pytest.mark.slow
+def test_outputs_that_take_nothing(folder, model):
+    save("a.png")
+    program = f"{Path(sys.executable).parent / 'diffusers-invsr'} upscale a.png -o out --model {model}"
+    closed = subprocess.run(f"{program} >&-", shell=True, capture_output=True, text=True)
+    assert (closed.returncode, closed.stderr, names_in("out")) == (0, "", ["a.png"])
+    full = subprocess.run(f"{program} --overwrite > /dev/full", shell=True, capture_output=True, text=True)
+    assert full.returncode == 1 and full.stderr.startswith("Error: ") and full.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -547,6 +558,87 @@ def test_links_do_not_multiply_the_work(folder, model):
     Path("in/loop").symlink_to("..")
     output = run("upscale", "in/**/*.png", "-o", "out", "--model", model)
     assert output.count("->") == 1 and names_in("out") == ["a.png"]
+
+
+def test_files_of_several_names(folder, model):
+    """Of symbolic links and their file only that, of hard links all."""
+    save("in/b.png")
+    Path("in/a.png").symlink_to("b.png")
+    os.link("in/b.png", "in/c.png")
+    assert "1 left out: links" in run("upscale", "in", "-o", "out", "--model", model)
+    assert names_in("out") == ["b.png", "c.png"]
+    run("upscale", "in/a.png", "-o", "out", "--model", model)  # one that is named
+    assert names_in("out") == ["a.png", "b.png", "c.png"]
+
+
+def test_paths_that_cannot_be_looked_at_are_reported_and_the_rest_goes_on(folder, model):
+    save("a.png")
+    output = run("upscale", "x" * 300, "", "a.png", "-o", "out", "--model", model, status=1)
+    assert f"{'x' * 300}: cannot be read" in output and "\n: no such image" in output
+    assert "1 enlarged, 0 skipped, 2 failed" in output
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+def test_folders_that_cannot_be_read_are_reported(folder, model):
+    save("in/a.png", "in/closed/b.png")
+    Path("in/closed").chmod(0)
+    output = run("upscale", "in", "-o", "out", "--model", model, status=1)
+    assert "in/closed: cannot be read (Permission denied)" in output
+    assert "1 enlarged, 0 skipped, 1 failed" in output
+
+
+@pytest.mark.parametrize("size", [(40, 30), (300, 200)])
+def test_damaged_pixels_are_no_image(folder, size):
+    """Of a PNG, Pillow reads EXIF data behind the pixels, and forgets what is wrong with these."""
+    make_image(size).save("a.png")
+    whole = Path("a.png").read_bytes()
+    accepted = 0
+    for position in range(len(whole) // 4, len(whole) // 2, len(whole) // 50):
+        Path("a.png").write_bytes(whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :])
+        try:
+            read_image(Path("a.png"))
+            accepted += 1
+        except Exception:  # noqa: S110 (of which kind is Pillow's affair)
+            pass
+    assert accepted == 0
+
+
+@pytest.mark.parametrize("part", ["vae", "unet", "noise_predictor"])
+def test_weights_that_are_missing_are_told(folder, model, part):
+    save("a.png")
+    shutil.copytree(model, "model")
+    file = Path("model", part, "diffusion_pytorch_model.safetensors")
+    weights = safetensors.torch.load_file(file)
+    name = next(name for name in weights if name.endswith(".weight"))
+    del weights[name]
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    output = run("upscale", "a.png", "-o", "out", "--model", "model", status=1)
+    assert output.startswith("Error: 'model' cannot be loaded, as weights are missing: ") and name in output
+    assert output.count("\n") == 1
+    if part == "noise_predictor":
+        output = run("convert", f"model/{part}", "-o", "new", "--base", model, status=1)
+        assert f"`source='model/noise_predictor'` lacks weights: {name}" in output
+
+
+@pytest.mark.parametrize("scale", [0, "4", 2.5])
+def test_a_scale_that_is_none_is_told(folder, model, scale):
+    save("a.png")
+    shutil.copytree(model, "model")
+    index = json.loads(Path("model/model_index.json").read_text()) | {"scale": scale}
+    Path("model/model_index.json").write_text(json.dumps(index))
+    output = run("upscale", "a.png", "-o", "out", "--model", "model", status=1)
+    assert f"`scale` has to be a positive integer, but is {scale!r}" in output
+
+
+def test_components_that_do_not_fit_are_told(folder, model):
+    shutil.copytree(model, "model")
+    index = json.loads(Path("model/model_index.json").read_text()) | {"scale": 2}
+    Path("model/model_index.json").write_text(json.dumps(index))
+    assert "'model' cannot run: `noise_predictor` reduces its input by" in run("info", "model", status=1)
+    assert "`noise_predictor` reduces" in run(
+        "convert", "model/noise_predictor", "--base", "model", "-o", "b", status=1
+    )
+    assert names_in(".") == names_in("model") or not Path("b").exists()
 
 
 @pytest.mark.parametrize(

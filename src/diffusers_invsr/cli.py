@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -40,10 +41,15 @@ def main():
     """Entry point of `diffusers-invsr`: the app, with the log noise of the libraries below turned off."""
     warnings.simplefilter("ignore")  # what the pipeline has to say is logged
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # names of files can hold what cannot be printed
+        if stream is not None:  # closed
+            stream.reconfigure(errors="backslashreplace")  # names of files can hold what cannot be printed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left half-written
     for name in ("diffusers", "transformers", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    app()
+    try:
+        app()
+    except OSError as error:  # of a path that may not be looked at, or of an output that takes no more
+        sys.exit(f"Error: {describe(error)}")
 
 
 def print_version(value: bool):
@@ -130,7 +136,7 @@ def upscale(
 
     Exit status: 0 if all is done (or was done before), 1 if something failed, 2 if the command is wrong.
     """
-    # 1. What to do, before anything heavy is loaded
+    # 1. What to do, before a model is loaded
     tile_side = parse_tile_size(tile_size)
     out = Path(os.path.expanduser(out))
     outputs, num_missing = plan(inputs, out, image_format, suffix)
@@ -175,9 +181,11 @@ def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     if not (to_file and folder == out) and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise typer.BadParameter(f"{out} cannot be made, since {folder} cannot be written to.", param_hint="'--out'")
-    images, missing, results = find_images(inputs, out, suffix)
+    images, missing, results, links = find_images(inputs, out, suffix)
     for text in missing:
-        report(f"{text}: no such image")
+        report(text)
+    if links:
+        typer.echo(f"{len(links)} left out: links to images that are there besides")
     if results:
         typer.echo(f"{len(results)} left out: by their names ({suffix}) they are results")
     if not images:
@@ -298,15 +306,15 @@ def convert(
         convert_to_pipeline(
             predictor,
             base=base,
-            output=out,
+            output=os.path.expanduser(out),
             config=config,
             dtype=getattr(torch, dtype),
             drop_text_encoder=drop_text_encoder,
             overwrite=overwrite,
         )
-    except FileExistsError:
-        fail(f"{show(out.absolute())} exists already: only a pipeline is replaced, with --overwrite.")
     except (OSError, ValueError) as error:
+        if isinstance(error, FileExistsError) and error.errno is None:  # not the system's, of a folder that is a file
+            fail(f"{show(out.absolute())} exists already: only a pipeline is replaced, with --overwrite.")
         fail(describe(error))
     typer.echo(f"{predictor} + {base} -> {show(out.absolute())}")
 
@@ -338,6 +346,10 @@ def info(model: Annotated[str, typer.Argument(metavar="tiny|sd-turbo|PATH|HUB_ID
     from .model_info import describe_model
 
     pipe = load_pipeline(model)
+    try:
+        pipe.check_components()
+    except ValueError as error:
+        fail(f"{model!r} cannot run: {error}")
     for name, value in describe_model(pipe, Path(TINY if model == "tiny" else model)).items():
         typer.echo(f"{name + ':':<22} {value}")
 

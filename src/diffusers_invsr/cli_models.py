@@ -1,7 +1,10 @@
 """What commands share: models, devices and messages. What is wrong is said in one sentence, which ends the program."""
 
+import logging
 import sys
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +73,23 @@ def saved_dtypes(folder: Path) -> "dict[str, torch.dtype]":
     return dtypes
 
 
+@contextmanager
+def warnings_of(name: str) -> Iterator[list[str]]:
+    """Keeps what a logger warns of, instead of showing it."""
+    logger, handler, messages = logging.getLogger(name), logging.Handler(), []
+    handler.emit = lambda record: messages.append(record.getMessage())
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
 def load_pipeline(
     model: str,
     device: "torch.device | str" = "cpu",
@@ -97,10 +117,11 @@ def load_pipeline(
     if not is_local and model != "sd-turbo" and model.strip("./").count("/") != 1:
         fail(f"{model!r} is neither tiny, sd-turbo, a folder here nor an id on the Hub (owner/name).")
     try:
-        if model == "sd-turbo":
-            pipe = convert_to_pipeline(dtype=dtype)
-        else:
-            pipe = InvSRPipeline.from_pretrained(str(path) if is_local else model, dtype=dtype)
+        with warnings_of("diffusers.models.modeling_utils") as warnings:
+            if model == "sd-turbo":
+                pipe = convert_to_pipeline(dtype=dtype)
+            else:
+                pipe = InvSRPipeline.from_pretrained(str(path) if is_local else model, dtype=dtype)
     except FetchError as error:
         fail(str(error))
     except Exception as error:
@@ -109,6 +130,9 @@ def load_pipeline(
         if not is_local and not isinstance(error, ValueError):
             raise
         fail(f"{model!r} cannot be loaded as an InvSR pipeline: {describe(error)}")
+    for warning in warnings:
+        if "newly initialized" in warning:  # with what memory held
+            fail(f"{model!r} cannot be loaded, as weights are missing: {textwrap.shorten(warning, 400)}")
     try:
         if pipe.device != torch.device(device):  # where it is already, diffusers only warns of float16
             pipe.to(device)

@@ -100,7 +100,7 @@ def read_checkpoint(file: str | os.PathLike) -> dict[str, torch.Tensor]:
         else:
             state_dict = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = f"{type(error).__name__}: {error}".strip(": ").split("\n")[0]
         if isinstance(error, UnpicklingError):  # PyTorch goes on to advise running what the file says
             reason = "it is damaged, or holds more than tensors"
         raise ValueError(f"{str(file)!r} cannot be read as a file of tensors ({reason}).") from error
@@ -193,13 +193,16 @@ def load_noise_predictor(
         if config is not None:
             raise ValueError(f"`config` cannot be given with `source={name!r}`, which has a configuration of its own.")
         try:
-            return InvSRNoisePredictor.from_pretrained(
-                name, torch_dtype=dtype or torch.float32, token=token, revision=revision
+            model, loaded = InvSRNoisePredictor.from_pretrained(
+                name, torch_dtype=dtype or torch.float32, token=token, revision=revision, output_loading_info=True
             )
         except (OSError, HFValidationError) as error:
             if os.path.isdir(name):
                 raise
             raise FetchError(name, error) from error
+        if loaded["missing_keys"]:  # diffusers goes on with what memory held
+            raise ValueError(f"`source={name!r}` lacks weights: {', '.join(loaded['missing_keys'][:3])}, ...")
+        return model
 
     if isinstance(config, (str, os.PathLike)):
         config_file = config
@@ -255,7 +258,8 @@ def convert(
     Raises:
         FetchError: If something could not be fetched from the Hub.
         FileExistsError: If `output` exists and may not be replaced.
-        ValueError: If the predictor's checkpoint does not fit its configuration, or `config` is given without one.
+        ValueError: If the predictor's checkpoint does not fit its configuration, or the predictor the base; or if
+            `config` is given without a checkpoint.
     """
     check_dtype(dtype)
     if output is not None:
@@ -285,6 +289,7 @@ def convert(
             raise
         raise FetchError(base, error) from error
 
+    pipe.check_components()
     if drop_text_encoder:
         pipe.drop_text_encoder()
     if output is not None:

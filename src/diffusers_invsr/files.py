@@ -11,7 +11,7 @@ import torch
 def write_atomically(file: Path, text: str):
     """Write a text file so that an interruption leaves the old content or the new one."""
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # for names of files that are no UTF-8
     os.replace(temporary, file)
 
 

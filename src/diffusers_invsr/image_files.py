@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -30,14 +31,16 @@ TIFF_PAYLOAD_TAGS = {700, 34675}  # XMP, ICC profile
 FOREIGN_COLOR_SPACES = {"L": (b"RGB ", b"CMYK", b"Lab "), "RGB": (b"GRAY", b"CMYK", b"Lab ")}
 
 
-def find_images(inputs: list[str], out: Path, suffix: str = "") -> tuple[dict[Path, Path], list[str], set[Path]]:
+def find_images(
+    inputs: list[str], out: Path, suffix: str = ""
+) -> tuple[dict[Path, Path], list[str], set[Path], set[Path]]:
     r"""
     Find the files that the inputs stand for, each once, in the order of the inputs.
 
     Args:
         inputs (`list[str]`):
             Files; folders, which are searched for images with all their subfolders; and patterns with `*`, `?`,
-            `[...]` and `**`. What is hidden is left out.
+            `[...]` and `**`. What is hidden is left out, and subfolders that are links are not searched.
         out (`Path`): Where results go. If it lies inside a folder that is searched, it is left out.
         suffix (`str`, *optional*):
             What is added to the names of results. Where `out` is itself a folder that is searched, files there with
@@ -46,36 +49,37 @@ def find_images(inputs: list[str], out: Path, suffix: str = "") -> tuple[dict[Pa
     Returns:
         `dict[Path, Path]`: For each file, its name below the output folder. Files in a folder keep their subfolder, as
         do files that a pattern matched, below its part without wildcards.
-        `list[str]`: Inputs for which there is nothing.
+        `list[str]`: Inputs for which there is nothing, with the reason.
         `set[Path]`: Files that were left out as results.
+        `set[Path]`: Links that were left out, as what they show is among the images.
     """
-    found, missing, seen, beside = {}, [], set(), set()
+    found, missing, seen, beside, links = {}, [], set(), set(), set()
     out = out.resolve()
+
+    def unreadable(error: OSError):
+        missing.append(f"{error.filename}: cannot be read ({error.strerror})")
+
     for text in inputs:
         path = Path(text if os.path.lexists(text) else os.path.expanduser(text))
-        if path.is_dir():
-            root, files = path, images_below(path)
-        elif path.exists():
-            root, files = path.parent, [path]
-        else:
-            root = Path(re.split(r"[^/\\]*[*?[]", str(path), maxsplit=1)[0])
-            matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-            files = [file for match in matches for file in (images_below(match) if match.is_dir() else [match])]
-            files = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        try:
+            root, files = _files_of(path, unreadable) if text else (path, [])
+        except OSError as error:  # it, or a folder above it, may not be looked at
+            unreadable(error)
+            continue
         if root.resolve() in out.parents:
             files = [file for file in files if path == file or out not in file.resolve().parents]
         elif root.resolve() == out and files != [path]:
             beside |= {Path(os.path.abspath(file)) for file in files}
-        for file in files:
-            name = file.relative_to(root)
-            # Links can show one file under many names; all but the first are left out, unless they were asked for.
-            identity = _identity(file)
-            if path != file and identity in seen:
+        # Links can show one file under many names: it is taken once, itself if possible, but for those that were named
+        for file in sorted(files, key=_is_link):
+            name, real = file.relative_to(root), file.resolve()
+            if path != file and real in seen:
+                links |= {file} if _is_link(file) else set()
                 continue
-            seen.add(identity)
+            seen.add(real)
             found.setdefault(Path(os.path.abspath(file)), Path(name.name) if ".." in name.parts else name)
         if not files:
-            missing.append(text)
+            missing.append(f"{text}: no such image")
     results = set()
     if suffix and beside:
         name_of_result = re.compile(rf"(.+){re.escape(suffix)}(_\d+)?")
@@ -84,12 +88,42 @@ def find_images(inputs: list[str], out: Path, suffix: str = "") -> tuple[dict[Pa
             match = name_of_result.fullmatch(found[file].stem)
             if match and found[file].with_name(match[1]) in names:
                 results.add(file)
-    return {file: name for file, name in found.items() if file not in results}, missing, results
+    return {file: name for file, name in found.items() if file not in results}, missing, results, links
 
 
-def images_below(folder: Path) -> list[Path]:
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+def _files_of(path: Path, unreadable: Callable[[OSError], None]) -> tuple[Path, list[Path]]:
+    """What an input stands for: the folder below which its files have their names, and these."""
+    if path.is_dir():
+        return path, images_below(path, unreadable)
+    if path.is_file():
+        return path.parent, [path]
+    root = Path(re.split(r"[^/\\]*[*?[]", str(path), maxsplit=1)[0])
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    files = [file for match in matches for file in (images_below(match, unreadable) if match.is_dir() else [match])]
+    return root, [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+
+
+def images_below(folder: Path, unreadable: Callable[[OSError], None] | None = None) -> list[Path]:
+    r"""
+    The images in a folder and its subfolders, but for what is hidden, in the order of names.
+
+    Args:
+        folder (`Path`): The folder.
+        unreadable (`Callable[[OSError], None]`, *optional*):
+            Told of folders that cannot be read. By default the error is raised.
+    """
+
+    def complain(error: OSError):
+        if unreadable is None:
+            raise error
+        unreadable(error)
+
+    images = []
+    for parent, folders, names in os.walk(folder, onerror=complain):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(parent, name) for name in names if not name.startswith("."))
+        images += [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+    return sorted(images)
 
 
 def plan_outputs(
@@ -138,6 +172,11 @@ def plan_outputs(
     return {source: outputs[source] for source in images}
 
 
+def _is_link(path: Path) -> bool:
+    """Whether it, or a folder above it, is a link."""
+    return path.resolve() != Path(os.path.abspath(path))
+
+
 def _identity(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_dev, status.st_ino
@@ -166,7 +205,9 @@ def read_image(path: Path) -> tuple[Image.Image, int]:
     with Image.open(path) as image:
         # The second picture that phones put into a JPEG (MPO) is a preview or a depth map, not a frame.
         num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        exif = _upright_exif(image)  # before the pixels: a TIFF is closed after them
+        if image.format != "TIFF":  # which is closed after it
+            image.load()  # before its EXIF data: damage to the pixels of a PNG shows once only
+        exif = _upright_exif(image)
         image.load()
         for name in ("exif", "Raw profile type exif"):  # or else they would be written anew
             image.info.pop(name, None)

@@ -103,6 +103,9 @@ class InvSRPipeline(
         model_card: dict[str, Any] | None = None,
     ):
         super().__init__()
+        for name, value in (("scale", scale), ("tile_size", tile_size)):
+            if not (is_integer(value) and value > 0) and (name, value) != ("tile_size", None):
+                raise ValueError(f"`{name}` has to be a positive integer, but is {value!r}.")
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -272,7 +275,10 @@ class InvSRPipeline(
             )
         self.check_prompts(num_images, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale)
 
-        # What the components have to agree on
+        self.check_components()
+
+    def check_components(self):
+        """Raises a ValueError if the components do not fit each other."""
         if "start_timestep" not in inspect.signature(self.scheduler.set_timesteps).parameters:
             raise ValueError(
                 f"`scheduler` has to be an InvSRScheduler, but is a {type(self.scheduler).__name__}: use"
