@@ -158,6 +158,30 @@ def test_only_a_test_set_is_replaced(folder):
     assert {path.name for path in folder.iterdir()} == {"hr", "set"}
 
 
+@pytest.mark.parametrize("place", ["here", "a link"])
+def test_a_set_in_a_folder_that_stays(folder, monkeypatch, place):
+    """The one of the shell, or that of a link, is not replaced by another: it may be another disk, too."""
+    Path("set").mkdir()
+    if place == "here":
+        monkeypatch.chdir("set")
+    else:
+        Path("link").symlink_to("set")
+    options = ["../hr", "-o", "."] if place == "here" else ["hr", "-o", "link"]
+    for overwrite in ([], ["--overwrite"]):
+        result = CliRunner().invoke(app, ["degrade", *options, "--size", str(SIZE), *overwrite])
+        assert result.exit_code == 0, result.output
+        assert {path.name for path in (folder / "set").iterdir()} == {"gt", "lq", "settings.json"}
+    assert {path.name for path in folder.iterdir()} - {"link"} == {"hr", "set"}
+
+
+def test_a_set_does_not_replace_what_it_is_made_of(folder):
+    degrade("-o", "set")
+    before = names_in("set")
+    result = CliRunner().invoke(app, ["degrade", "set/gt", "-o", "set", "--overwrite", "--size", str(SIZE)])
+    assert result.exit_code == 2 and "holds `hr` (set/gt)" in result.output
+    assert names_in("set") == before
+
+
 @pytest.mark.slow
 def test_package_that_is_missing(folder):
     program = "import sys; sys.modules['kornia'] = None; from diffusers_invsr.cli import main; main()"

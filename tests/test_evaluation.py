@@ -178,6 +178,27 @@ def test_overwriting_leaves_nothing_of_the_evaluation_before(folder, pipe):
     assert not list(Path("out").rglob("b.png")) and not Path("out/grids").exists()
 
 
+def test_overwriting_spares_what_is_no_part_of_an_evaluation(folder, pipe):
+    evaluate_fast(pipe, limit=1)
+    save(Image.new("RGB", (64, 48)), "out/mine/images", "a")
+    Path("out/results.txt").write_text("mine")
+    evaluate_fast(pipe, limit=1, overwrite=True)
+    assert Path("out/mine/images/a.png").exists() and Path("out/results.txt").exists()
+    with pytest.raises(ValueError, match="`overwrite` cannot replace out, which holds `results`"):
+        evaluate("out", gt="gt", results="out/200/images", metrics=FAST, overwrite=True)
+    assert Path("out/200/images/a.png").exists()
+
+
+def test_names_may_be_any_bytes(folder, pipe):
+    name = os.fsdecode(b"caf\xe9")
+    for part in ("lq", "gt"):
+        for file in Path(part).iterdir():
+            if file.is_file() and file.stem == "a":
+                file.rename(file.with_stem(name))
+    assert name in evaluate_fast(pipe).runs[-1].images
+    assert "caf\\udce9" in Path("out/results.csv").read_text()
+
+
 def test_a_result_that_changed_after_it_was_measured_is_refused(folder, pipe):
     evaluate_fast(pipe, limit=1)
     save(Image.new("RGB", (64, 48), "red"), "out/200/images", "a")

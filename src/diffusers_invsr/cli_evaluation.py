@@ -60,7 +60,7 @@ def degrade(
         raise typer.BadParameter(f"{size!r} is not an integer or none.", param_hint="'--size'")
     from .evaluation import degrade_folder
 
-    failed = []
+    out, failed = out.expanduser(), []
 
     def tell(path: Path, problem: str | None):
         if problem is not None:
@@ -147,8 +147,8 @@ def evaluate(
 
     Exit status: 0 if all is done, 1 if an image failed, 2 if the command is wrong.
     """
-    # 1. What to do, before anything heavy is loaded
-    tile_side = parse_tile_size(tile_size)
+    # 1. What to do, before a model is loaded
+    out, tile_side = out.expanduser(), parse_tile_size(tile_size)
     if (model is None) == (results is None):
         raise typer.BadParameter("give either a model or results of another program.", param_hint="'--model'")
     if model is not None and lq is None:

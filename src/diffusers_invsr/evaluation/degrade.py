@@ -25,6 +25,7 @@ from .pairs import read_rgb
 
 SETTINGS_FILE = "settings.json"
 LR_FOLDER, HR_FOLDER = "lq", "gt"
+WORK_PREFIX = ".diffusers-invsr-"
 VERSIONS = ("diffusers-invsr", "torch", "kornia", "pillow")
 
 
@@ -94,16 +95,21 @@ def degrade_folder(
         raise ValueError(
             f"`size` has to be None or a multiple of {scale} and at least {degradation.min_size}, but is {size!r}."
         )
-    hr, out = Path(hr), Path(out)
+    hr, out = Path(hr), Path(out).resolve()  # of a link, what it shows is written to
     if not hr.is_dir():
         raise ValueError(f"`hr` has to be a folder of images, but {hr} is none.")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())) and not (overwrite and is_test_set(out)):
+    if out.exists() and not (out.is_dir() and not names_in(out)) and not (overwrite and is_test_set(out)):
         raise FileExistsError(
             f"`out` has to be a new folder, or a test set to replace with `overwrite`, but {out} exists."
         )
-    sources, *_ = find_images([str(hr)], out)
+    if hr.resolve().is_relative_to(out):
+        raise ValueError(f"`out` has to be outside of what it replaces, but {out} holds `hr` ({hr}).")
+    sources, missing, *_ = find_images([str(hr)], out)
+    if sources and missing:
+        raise ValueError(f"`hr` has to be a folder that can be read, but {'; '.join(missing)}.")
 
-    work = out.absolute().with_name(f".diffusers-invsr-{uuid4().hex}.tmp")
+    # Inside of a folder that exists already: it may be another disk
+    work = (out if out.exists() else out.parent) / f"{WORK_PREFIX}{uuid4().hex}.tmp"
     images = {}
     work.mkdir(parents=True)
     try:
@@ -135,11 +141,10 @@ def degrade_folder(
             "images": dict(sorted(images.items())),
         }
         write_atomically(work / SETTINGS_FILE, json.dumps(description, indent=2) + "\n")
-        old = work.with_suffix(".old")
-        if out.exists():
-            os.replace(out, old)
-        os.replace(work, out)
-        shutil.rmtree(old, ignore_errors=True)
+        if work.parent == out:
+            replace_entries(out, work)
+        else:
+            os.replace(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return description["images"]
@@ -147,7 +152,24 @@ def degrade_folder(
 
 def is_test_set(folder: Path) -> bool:
     """Whether a folder holds what [`degrade_folder`] writes, and nothing else."""
-    return {path.name for path in folder.iterdir()} == {SETTINGS_FILE, LR_FOLDER, HR_FOLDER}
+    return names_in(folder) == {SETTINGS_FILE, LR_FOLDER, HR_FOLDER}
+
+
+def names_in(folder: Path) -> set[str]:
+    """What a folder holds, but for what was left by a kill."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(WORK_PREFIX)}
+
+
+def replace_entries(folder: Path, new: Path):
+    """Puts what the folder `new` holds in the place of what `folder` does."""
+    old = new.with_suffix(".old")
+    old.mkdir()
+    for path in folder.iterdir():
+        if path not in (new, old):
+            os.replace(path, old / path.name)
+    for path in new.iterdir():
+        os.replace(path, folder / path.name)
+    shutil.rmtree(old)
 
 
 def crop_middle(image: Image.Image, size: int | None, scale: int, min_size: int) -> Image.Image:

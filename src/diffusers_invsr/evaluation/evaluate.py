@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -179,8 +180,10 @@ def evaluate(
     for argument, folder in folders.items():
         if out.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"`out` has to be outside of `{argument}` ({folder}), whose images it would join: {out}.")
+        if overwrite and folder.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"`overwrite` cannot replace {out}, which holds `{argument}` ({folder}).")
     pairs = dict(list(match_by_name(folders).items())[:limit])
-    too_long = [name for name in pairs if len(Path(name).name.encode()) + len(".png") > MAX_NAME_BYTES]
+    too_long = [name for name in pairs if len(os.fsencode(Path(name).name)) + len(".png") > MAX_NAME_BYTES]
     if too_long:
         raise ValueError(f"The results' names would be longer than {MAX_NAME_BYTES} bytes: {', '.join(too_long[:3])}.")
     scale = sampling.scale

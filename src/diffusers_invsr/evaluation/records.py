@@ -1,6 +1,7 @@
 """What an evaluation keeps on disk, so that a run that was killed goes on at the image where it was."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ SETTINGS_FILE = "settings.json"
 RECORDS_FILE = "records.jsonl"
 IMAGES_FOLDER = "images"
 SHEETS_FOLDER, PLOT_FILE = "grids", "psnr.png"
+TABLE_FILES = ("results.json", "results.csv", "results.md")
+RUN_NAME = r"bicubic|\d+(-\d+)*|\d+-steps-from-\d+-[0-9a-f]{8}"
 
 
 class Records:
@@ -76,10 +79,10 @@ def open_folder(out: Path, settings: dict, overwrite: bool):
             raise FileExistsError(f"`out` has to be a new folder or that of an evaluation, but is {out}.") from None
     if earlier is not None and overwrite:
         for path in out.iterdir():
-            is_run = (path / RECORDS_FILE).is_file() or (path / IMAGES_FOLDER).is_dir()
-            if is_run or path.name == SHEETS_FOLDER:
+            killed_at_once = re.fullmatch(RUN_NAME, path.name) and (path / IMAGES_FOLDER).is_dir()
+            if (path / RECORDS_FILE).is_file() or killed_at_once or path.name == SHEETS_FOLDER:
                 shutil.rmtree(path)
-            elif path.is_file() and (path.name == PLOT_FILE or path.stem == "results"):
+            elif path.is_file() and path.name in (PLOT_FILE, *TABLE_FILES):
                 path.unlink()
         earlier = None
     if earlier is not None:
