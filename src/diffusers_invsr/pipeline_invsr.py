@@ -588,7 +588,8 @@ class InvSRPipeline(
                 `enable_model_cpu_offload`, networks move to the device and back for every batch, so larger ones pay.
             color_fix (`str`, *optional*): `"wavelet"`, `"ycbcr"` or `"adain"`: take the colours from the LR image.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of randomness, or one for each image. The same seed gives the same image on the same device.
+                Source of randomness, or one for each image. The same seed gives the same image on the same device. One
+                for several images of one size draws for all of them at once, and memory holds all of their results.
             prompt_embeds (`torch.Tensor`, *optional*): Embeddings `(1 or B, tokens, width)` instead of `prompt`.
             negative_prompt_embeds (`torch.Tensor`, *optional*): The same for the negative prompt.
             output_type (`str`, defaults to `"pil"`):
