@@ -174,6 +174,25 @@ def test_a_set_in_a_folder_that_stays(folder, monkeypatch, place):
     assert {path.name for path in folder.iterdir()} - {"link"} == {"hr", "set"}
 
 
+@pytest.mark.parametrize("failing", range(1, 7))
+def test_a_replacement_that_fails_leaves_the_old_set(folder, monkeypatch, failing):
+    degrade("-o", "set")
+    before = {name: Path("set", name).read_bytes() for name in names_in("set")}
+    Path("hr/a.png").unlink()
+    replace, moves = os.replace, []
+
+    def replace_some(source, target):
+        if Path(source).name in ("gt", "lq", "settings.json"):
+            moves.append(source)
+            if len(moves) == failing:
+                raise OSError("no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_some)
+    degrade("-o", "set", "--overwrite", status=1)
+    assert {name: Path("set", name).read_bytes() for name in names_in("set")} == before
+
+
 def test_a_set_does_not_replace_what_it_is_made_of(folder):
     degrade("-o", "set")
     before = names_in("set")

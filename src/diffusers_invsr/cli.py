@@ -181,11 +181,11 @@ def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[
     folder = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     if not (to_file and folder == out) and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise typer.BadParameter(f"{out} cannot be made, since {folder} cannot be written to.", param_hint="'--out'")
-    images, missing, results, links = find_images(inputs, out, suffix)
+    images, missing, results, others = find_images(inputs, out, suffix)
     for text in missing:
         report(text)
-    if links:
-        typer.echo(f"{len(links)} left out: links to images that are there besides")
+    if others:
+        typer.echo(f"{len(others)} left out: through links, they are there by another name")
     if results:
         typer.echo(f"{len(results)} left out: by their names ({suffix}) they are results")
     if not images:

@@ -74,20 +74,22 @@ def saved_dtypes(folder: Path) -> "dict[str, torch.dtype]":
 
 
 @contextmanager
-def warnings_of(name: str) -> Iterator[list[str]]:
-    """Keeps what a logger warns of, instead of showing it."""
-    logger, handler, messages = logging.getLogger(name), logging.Handler(), []
+def warnings_of(*names: str) -> Iterator[list[str]]:
+    """Keeps what loggers warn of, instead of showing it."""
+    handler, messages = logging.Handler(), []
     handler.emit = lambda record: messages.append(record.getMessage())
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
+    before = [(logger, logger.level, logger.propagate) for logger in map(logging.getLogger, names)]
+    for logger, *_ in before:
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
     try:
         yield messages
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
+        for logger, level, propagate in before:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 def load_pipeline(
@@ -117,7 +119,7 @@ def load_pipeline(
     if not is_local and model != "sd-turbo" and model.strip("./").count("/") != 1:
         fail(f"{model!r} is neither tiny, sd-turbo, a folder here nor an id on the Hub (owner/name).")
     try:
-        with warnings_of("diffusers.models.modeling_utils") as warnings:
+        with warnings_of("diffusers.models.modeling_utils", "transformers.modeling_utils") as warnings:
             if model == "sd-turbo":
                 pipe = convert_to_pipeline(dtype=dtype)
             else:

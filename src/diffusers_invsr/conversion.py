@@ -201,7 +201,8 @@ def load_noise_predictor(
                 raise
             raise FetchError(name, error) from error
         if loaded["missing_keys"]:  # diffusers goes on with what memory held
-            raise ValueError(f"`source={name!r}` lacks weights: {', '.join(loaded['missing_keys'][:3])}, ...")
+            keys = sorted(loaded["missing_keys"])
+            raise ValueError(f"`source={name!r}` lacks {len(keys)} of its tensors ({', '.join(keys[:3])}, ...).")
         return model
 
     if isinstance(config, (str, os.PathLike)):

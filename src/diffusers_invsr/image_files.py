@@ -51,16 +51,16 @@ def find_images(
         do files that a pattern matched, below its part without wildcards.
         `list[str]`: Inputs for which there is nothing, with the reason.
         `set[Path]`: Files that were left out as results.
-        `set[Path]`: Links that were left out, as what they show is among the images.
+        `set[Path]`: Files that were left out as links, or the like, to images that are found by another name.
     """
-    found, missing, seen, beside, links = {}, [], set(), set(), set()
+    found, missing, seen, beside, others = {}, [], set(), set(), set()
     out = out.resolve()
 
     def unreadable(error: OSError):
         missing.append(f"{error.filename}: cannot be read ({error.strerror})")
 
     for text in inputs:
-        path = Path(text if os.path.lexists(text) else os.path.expanduser(text))
+        path, num_missing = Path(text if os.path.lexists(text) else os.path.expanduser(text)), len(missing)
         try:
             root, files = _files_of(path, unreadable) if text else (path, [])
         except OSError as error:  # it, or a folder above it, may not be looked at
@@ -71,14 +71,14 @@ def find_images(
         elif root.resolve() == out and files != [path]:
             beside |= {Path(os.path.abspath(file)) for file in files}
         # Links can show one file under many names: it is taken once, itself if possible, but for those that were named
-        for file in sorted(files, key=_is_link):
-            name, real = file.relative_to(root), file.resolve()
-            if path != file and real in seen:
-                links |= {file} if _is_link(file) else set()
+        for file in sorted(files, key=Path.is_symlink):
+            name, identity = file.relative_to(root), _identity(file, of_name=True)
+            if path != file and identity in seen:
+                others.add(Path(os.path.abspath(file)))
                 continue
-            seen.add(real)
+            seen.add(identity)
             found.setdefault(Path(os.path.abspath(file)), Path(name.name) if ".." in name.parts else name)
-        if not files:
+        if not files and len(missing) == num_missing:
             missing.append(f"{text}: no such image")
     results = set()
     if suffix and beside:
@@ -88,7 +88,8 @@ def find_images(
             match = name_of_result.fullmatch(found[file].stem)
             if match and found[file].with_name(match[1]) in names:
                 results.add(file)
-    return {file: name for file, name in found.items() if file not in results}, missing, results, links
+    images = {file: name for file, name in found.items() if file not in results}
+    return images, list(dict.fromkeys(missing)), results, others - found.keys()
 
 
 def _files_of(path: Path, unreadable: Callable[[OSError], None]) -> tuple[Path, list[Path]]:
@@ -110,19 +111,17 @@ def images_below(folder: Path, unreadable: Callable[[OSError], None] | None = No
     Args:
         folder (`Path`): The folder.
         unreadable (`Callable[[OSError], None]`, *optional*):
-            Told of folders that cannot be read. By default the error is raised.
+            Told of what cannot be read, which is left out.
     """
-
-    def complain(error: OSError):
-        if unreadable is None:
-            raise error
-        unreadable(error)
-
     images = []
-    for parent, folders, names in os.walk(folder, onerror=complain):
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files = (Path(parent, name) for name in names if not name.startswith("."))
-        images += [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        for file in (Path(parent, name) for name in names if not name.startswith(".")):
+            try:
+                images += [file] if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() else []
+            except OSError as error:  # of a folder whose names may be read, but not what they stand for
+                if unreadable is not None:
+                    unreadable(error)
     return sorted(images)
 
 
@@ -172,13 +171,11 @@ def plan_outputs(
     return {source: outputs[source] for source in images}
 
 
-def _is_link(path: Path) -> bool:
-    """Whether it, or a folder above it, is a link."""
-    return path.resolve() != Path(os.path.abspath(path))
-
-
-def _identity(path: Path) -> tuple[int, int]:
+def _identity(path: Path, of_name: bool = False) -> tuple:
+    """The same for all links to a file; or, with `of_name`, for all but hard ones, which are files of their own."""
     status = path.stat()
+    if of_name and status.st_nlink > 1:
+        return (path.resolve(),)
     return status.st_dev, status.st_ino
 
 

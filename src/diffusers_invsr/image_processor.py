@@ -150,7 +150,8 @@ class InvSRImageProcessor:
             raise ValueError(
                 f"`image` of floats has to have values in [0, 1], but has {pixels.min()} ... {pixels.max()}."
             )
-        return pixels.astype(np.float32).clip(0, 1)
+        pixels = pixels.astype(np.float32)
+        return np.clip(pixels, 0, 1, out=pixels)
 
     def postprocess(self, result: torch.Tensor, item: InputImage, output_type: str) -> Image.Image | torch.Tensor:
         r"""

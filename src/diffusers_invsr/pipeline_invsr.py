@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from itertools import groupby, product
 from typing import Any
 
@@ -144,9 +145,8 @@ class InvSRPipeline(
         """
         if self._execution_device.type == "cpu":
             try:
-                from diffusers_invsr.compilation import keep_group_norm
-
-                kwargs = keep_group_norm(kwargs)
+                # Not by a statement, which diffusers would take for a requirement of code from the Hub
+                kwargs = import_module("diffusers_invsr.compilation").keep_group_norm(kwargs)
             except ImportError as error:  # of a private part of PyTorch, or of this package beside code from the Hub
                 logger.warning(f"Compiling GroupNorm as well, which makes it slower on a CPU: {error}.")
         options = kwargs.pop("options", None)
@@ -416,9 +416,11 @@ class InvSRPipeline(
                 latents = callback_outputs.pop("latents", latents)
                 embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                 negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
-                # SDCFGCutoffCallback gives the last tile's for all: each keeps its own
-                if embeds is not None and embeds.data_ptr() != prompt_embeds[-1:].data_ptr():
-                    prompt_embeds = embeds.expand(len(latents), -1, -1)
+                if prompt_embeds is not None:
+                    last = prompt_embeds[-1:]
+                    # SDCFGCutoffCallback gives the last tile's for all: each keeps its own
+                    if embeds.shape != last.shape or embeds.data_ptr() != last.data_ptr():
+                        prompt_embeds = embeds.expand(len(latents), -1, -1)
             if progress_bar is not None:
                 progress_bar.update(len(latents))
         return latents

@@ -219,9 +219,9 @@ class FixedPromptMixin:
         super().unfuse_lora(*args, **kwargs)
 
     @classmethod
-    def load_lora_into_text_encoder(cls, state_dict: dict, network_alphas: dict | None, text_encoder, **kwargs):
+    def load_lora_into_text_encoder(cls, state_dict: dict, network_alphas: dict | None, text_encoder, *args, **kwargs):
         if text_encoder is not None:
-            super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, **kwargs)
+            super().load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, *args, **kwargs)
         elif any(key.startswith(cls.text_encoder_name) for key in state_dict):
             logger.warning("The LoRA's layers for a text encoder are left out: this pipeline has none.")
 

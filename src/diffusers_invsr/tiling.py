@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 
 
+POSITIONS_AT_ONCE = 128
+
+
 def cubic_kernel(x: torch.Tensor, a: float) -> torch.Tensor:
     """Keys' cubic convolution kernel; `a` is -0.75 in PyTorch's plain bicubic and -0.5 in its antialiased one."""
     x = x.abs()
@@ -18,7 +21,7 @@ def cubic_kernel(x: torch.Tensor, a: float) -> torch.Tensor:
 
 def cubic_weights(
     positions: torch.Tensor, length: int, a: float, stretch: float = 1.0, truncate: bool = False
-) -> tuple[slice, torch.Tensor]:
+) -> list[tuple[slice, torch.Tensor]]:
     r"""
     Bicubic interpolation along one axis at any positions, so that a part of a large enlargement can be had without
     the whole of it.
@@ -33,27 +36,33 @@ def cubic_weights(
             border pixel.
 
     Returns:
-        `tuple[slice, torch.Tensor]`: The pixels that are needed, and their weights `(n, pixels)` in float64, in which
-        no setting of PyTorch's makes matrix products inexact.
+        `list[tuple[slice, torch.Tensor]]`:
+            For one piece of the positions after another, the pixels that are needed, and their weights `(positions,
+            pixels)` in float64, in which no setting of PyTorch's makes matrix products inexact.
     """
-    num_taps = int(4 * stretch) + 2
-    taps = (positions - 2 * stretch).floor()[:, None] + torch.arange(num_taps, device="cpu")
-    weights = cubic_kernel((taps - positions[:, None]) / stretch, a)
-    if truncate:
-        weights = weights * ((taps >= 0) & (taps < length))
-    weights = weights / weights.sum(dim=1, keepdim=True)
-    indices = taps.long().clamp(0, length - 1)
-    first, last = int(indices.min()), int(indices.max())
-    matrix = positions.new_zeros(len(positions), last + 1 - first).scatter_add_(1, indices - first, weights)
-    return slice(first, last + 1), matrix
+    pieces = []
+    for piece in positions.split(POSITIONS_AT_ONCE):  # in a matrix of them all, most weights would be 0
+        taps = (piece - 2 * stretch).floor()[:, None] + torch.arange(int(4 * stretch) + 2, device="cpu")
+        weights = cubic_kernel((taps - piece[:, None]) / stretch, a)
+        if truncate:
+            weights = weights * ((taps >= 0) & (taps < length))
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        indices = taps.long().clamp(0, length - 1)
+        first, last = int(indices.min()), int(indices.max())
+        matrix = piece.new_zeros(len(piece), last + 1 - first).scatter_add_(1, indices - first, weights)
+        pieces.append((slice(first, last + 1), matrix))
+    return pieces
 
 
 def resample(
-    pixels: torch.Tensor, rows: tuple[slice, torch.Tensor], columns: tuple[slice, torch.Tensor]
+    pixels: torch.Tensor, rows: list[tuple[slice, torch.Tensor]], columns: list[tuple[slice, torch.Tensor]]
 ) -> torch.Tensor:
     """Pixels `(..., height, width)` at other positions, in float32, by the [`cubic_weights`] of both axes."""
-    (rows, row_weights), (columns, column_weights) = rows, columns
-    return (row_weights @ to_float(pixels[..., rows, columns]).double() @ column_weights.T).float()
+    bands = []
+    for y, by_row in rows:
+        band = [(by_row @ to_float(pixels[..., y, x]).double() @ by_column.T).float() for x, by_column in columns]
+        bands.append(torch.cat(band, dim=-1))
+    return torch.cat(bands, dim=-2)
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -67,7 +76,6 @@ def enlarge(lr: torch.Tensor, scale: int) -> torch.Tensor:
 
 
 TILE_WINDOWS = ("gaussian", "raised_cosine")
-COLUMNS_AT_ONCE = 512
 
 
 def choose_overlap_and_window(tile_size: int | None, overlap: int | None, window: str | None) -> tuple[int, str]:
@@ -277,14 +285,11 @@ class TileGrid:
         """
         pixels = self.pixels[image : image + 1]
 
-        def weights(first: int, stop: int, dim: int) -> tuple[slice, torch.Tensor]:
+        def weights(first: int, stop: int, dim: int) -> list[tuple[slice, torch.Tensor]]:
             positions = (torch.arange(first, stop, dtype=torch.float64, device="cpu") + 0.5) * self.steps[dim] - 0.5
             return cubic_weights(positions, pixels.shape[dim], a=-0.5, truncate=True)
 
-        rows, width = weights(start, stop, -2), self.target_size[1]
-        # In pieces, as the weights of all columns, mostly zeros, would grow with the square of the width
-        pieces = [(first, min(first + COLUMNS_AT_ONCE, width)) for first in range(0, width, COLUMNS_AT_ONCE)]
-        return torch.cat([resample(pixels, rows, weights(*piece, -1)) for piece in pieces], dim=-1)
+        return resample(pixels, weights(start, stop, -2), weights(0, self.target_size[1], -1))
 
 
 class TileBlender:

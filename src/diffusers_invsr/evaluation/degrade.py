@@ -105,14 +105,14 @@ def degrade_folder(
     if hr.resolve().is_relative_to(out):
         raise ValueError(f"`out` has to be outside of what it replaces, but {out} holds `hr` ({hr}).")
     sources, missing, *_ = find_images([str(hr)], out)
-    if sources and missing:
-        raise ValueError(f"`hr` has to be a folder that can be read, but {'; '.join(missing)}.")
 
     # Inside of a folder that exists already: it may be another disk
     work = (out if out.exists() else out.parent) / f"{WORK_PREFIX}{uuid4().hex}.tmp"
     images = {}
     work.mkdir(parents=True)
     try:
+        for problem in missing if sources and on_image is not None else ():
+            on_image(hr, problem)
         targets = plan_outputs(sources, work, "png").items()
         for source, target in tqdm(targets, unit="image", disable=None if progress else True):
             name = target.relative_to(work)
@@ -161,15 +161,22 @@ def names_in(folder: Path) -> set[str]:
 
 
 def replace_entries(folder: Path, new: Path):
-    """Puts what the folder `new` holds in the place of what `folder` does."""
+    """Puts what the folder `new`, inside of `folder`, holds in the place of what that does. All or nothing."""
     old = new.with_suffix(".old")
+    moves = [(folder / name, old / name) for name in names_in(folder)]
+    moves += [(path, folder / path.name) for path in new.iterdir()]
     old.mkdir()
-    for path in folder.iterdir():
-        if path not in (new, old):
-            os.replace(path, old / path.name)
-    for path in new.iterdir():
-        os.replace(path, folder / path.name)
-    shutil.rmtree(old)
+    done = []
+    try:
+        for source, target in moves:
+            os.replace(source, target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            os.replace(target, source)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def crop_middle(image: Image.Image, size: int | None, scale: int, min_size: int) -> Image.Image:
