@@ -99,6 +99,7 @@ def test_each_side_learns_from_its_own_loss(cases):
         layers_per_block=1,
         num_attention_heads=4,
         cross_attention_dim=None,
+        norm_num_groups=8,
     )
 
     def learning(module):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from hub_server import serve
 from PIL import Image
@@ -20,8 +21,15 @@ from safetensors.torch import load_file
 from subprocesses import run as run_function
 
 from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr.training import (
+    Degradation,
+    InvSRDiscriminator,
+    load_latent_lpips,
+    make_dataset,
+    make_loader,
+    read_log,
+)
 from diffusers_invsr.training.checkpoints import damage
-from diffusers_invsr.training.logs import read_log
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -35,6 +43,7 @@ DISCRIMINATOR = {
     "layers_per_block": 1,
     "num_attention_heads": 4,
     "cross_attention_dim": None,
+    "norm_num_groups": 8,  # a group of one channel would lose what the time embedding adds to it
 }
 LOSSES = ("l2", "lpips", "adversarial", "discriminator", "total")
 
@@ -195,6 +204,85 @@ def test_a_run_from_start_to_pipeline(script, settings, photos, tmp_path):
     assert pipe(Image.new("RGB", (16, 16), "teal"), num_steps=2).images[0].size == (64, 64)
     card = (output / "pipeline" / "README.md").read_text()
     assert "| dis_init_iterations | `2` |" in card and "| 6 | " in card and str(photos) in card
+
+
+def test_the_first_iteration_by_hand(script, settings, latent_lpips, tmp_path):
+    """Losses, gradients and updates of both networks, with settings that are not the defaults."""
+    torch.manual_seed(0)
+    discriminator = InvSRDiscriminator(**DISCRIMINATOR)
+    discriminator.save_pretrained(tmp_path / "discriminator")
+    pipe = InvSRPipeline.from_pretrained(TINY)
+    with torch.no_grad():
+        pipe.noise_predictor.encoder.conv_out.bias[0] += 30  # for estimates that have to be clamped
+    pipe.noise_predictor.save_pretrained(tmp_path / "predictor")
+    options = {
+        "noise_predictor": tmp_path / "predictor",
+        "discriminator": tmp_path / "discriminator",
+        "output_dir": tmp_path / "run",
+        "seed": 1,  # draws two starting steps
+        "max_iterations": 1,
+        "warmup_iterations": 0,
+        "dis_init_iterations": 0,
+        "lpips_weight": 3.0,
+        "adversarial_weight": 0.7,
+        "max_grad_norm": 1e-3,
+        "discriminator_weight_decay": 1e-2,
+    }
+    argv = [settings, *(text for name, value in options.items() for text in (f"--{name}", str(value)))]
+    script.main(argv)
+    (record,) = read_log(tmp_path / "run" / "log.jsonl")
+
+    _, data, run_settings, degradation = script.parse_args(argv)
+    hr = next(iter(make_loader(make_dataset(data.train_data, 64, seed=1), 2)))["hr"].float() / 255
+    generator = script.batch_generator(1, 0)
+    lr = script.degrade(Degradation(degradation), hr, generator)
+    noise = torch.randn(3, 2, 16, 16, 16, generator=generator)[0]
+    t = torch.tensor(run_settings.start_timesteps)[torch.randint(4, (2,), generator=generator)] - 1
+    assert t[0] != t[1]
+    enlarged = F.interpolate(lr, scale_factor=4, mode="bicubic", align_corners=False)
+    with torch.no_grad():
+        z_lr, z_hr = (pipe.vae.config.scaling_factor * pipe.vae.encode(2 * x - 1).latents for x in (enlarged, hr))
+    alpha = pipe.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    predicted = pipe.noise_predictor(2 * lr - 1, t).latent_dist
+    z = alpha.sqrt() * z_lr + (1 - alpha).sqrt() * (predicted.mean + predicted.std * noise)
+    estimate = (z - (1 - alpha).sqrt() * pipe.unet(z, t, encoder_hidden_states=None).sample) / alpha.sqrt()
+    assert estimate.abs().max() > 10
+    fake = discriminator(estimate.clamp(-10, 10), t).logits
+    losses = {
+        "l2": (estimate - z_hr).square().mean(),
+        "lpips": load_latent_lpips(latent_lpips)(estimate, z_hr).mean(),
+        "adversarial": -sum(output.mean() for output in fake) / len(fake),
+    }
+    losses["total"] = losses["l2"] + 3.0 * losses["lpips"] + 0.7 * losses["adversarial"]
+    gradients = torch.autograd.grad(losses["total"], list(pipe.noise_predictor.parameters()), retain_graph=True)
+    real, fake = discriminator(z_hr, t).logits, discriminator(estimate.detach().clamp(-10, 10), t).logits
+    hinge = [(torch.relu(1 - r).mean() + torch.relu(1 + f).mean()) / 2 for r, f in zip(real, fake)]
+    losses["discriminator"] = sum(hinge) / len(hinge)
+    for name, value in losses.items():
+        assert record[name] == pytest.approx(value.item(), rel=1e-4), name
+
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    dis_gradients = torch.autograd.grad(losses["discriminator"], list(discriminator.parameters()))
+    sides = [(pipe.noise_predictor, gradients, "", 0.0), (discriminator, dis_gradients, "_1", 1e-2)]
+    for network, gradients, suffix, weight_decay in sides:
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        assert norm > 1e-3
+        moments = torch.load(checkpoint / f"optimizer{suffix}.bin")["state"]
+        trained = load_file(checkpoint / f"model{suffix}.safetensors")
+        for number, (name, weight) in enumerate(network.named_parameters()):
+            # Adam's first moment is a tenth of the gradient, and its first step is of the learning rate's size
+            gradient = 10 * moments[number]["exp_avg"]
+            expected = gradients[number] * 1e-3 / norm + weight_decay * weight
+            torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-8)
+            torch.testing.assert_close(
+                trained[name], weight - 1e-3 * gradient / (gradient.abs() + 1e-8), rtol=0, atol=1e-6
+            )
+
+
+def test_the_pool_mixes_batches_as_soon_as_it_is_full(script, settings, uninterrupted, tmp_path):
+    script.main([settings, "--output_dir", str(tmp_path), "--pool_batches", "0", "--max_iterations", "3"])
+    mixed, own = (read_log(output / "log.jsonl") for output in (uninterrupted, tmp_path))
+    assert [own[i]["l2"] == mixed[i]["l2"] for i in range(3)] == [True, True, False]
 
 
 def test_killed_and_resumed_is_the_same_to_the_last_bit(settings, uninterrupted, tmp_path):
