@@ -491,13 +491,39 @@ def test_a_loss_of_weight_zero_is_not_computed(script, settings, tmp_path):
     [["--gradient_checkpointing"], ["--channels_last"], ["--mixed_precision", "bf16"]],
     ids=lambda options: options[0],
 )
-def test_options_of_speed_and_memory_train_nearly_the_same(script, settings, uninterrupted, tmp_path, options):
+def test_options_of_speed_and_memory_train_nearly_the_same(
+    script, settings, uninterrupted, tmp_path, options, monkeypatch
+):
+    """And what they ask for is seen in the networks that the script's steps get."""
+    networks = {}
+
+    def watch(step):
+        def watched(*args, **kwargs):
+            networks.update((type(part).__name__, part) for part in args if isinstance(part, torch.nn.Module))
+            return step(*args, **kwargs)
+
+        return watched
+
+    for name in ("encode_posterior", "one_step_estimate", "descend"):
+        monkeypatch.setattr(script, name, watch(getattr(script, name)))
     script.main([settings, "--output_dir", str(tmp_path), *options])
     expected = read_log(uninterrupted / "log.jsonl")
     tolerance = 0.05 if "bf16" in options else 1e-3
-    for record, reference in zip(read_log(tmp_path / "log.jsonl"), expected, strict=True):
+    records = read_log(tmp_path / "log.jsonl")
+    for record, reference in zip(records, expected, strict=True):
         assert record["l2"] == pytest.approx(reference["l2"], rel=tolerance)
         assert record["lpips"] == pytest.approx(reference["lpips"], rel=tolerance)
+
+    trained = {"InvSRNoisePredictor", "InvSRDiscriminator"}
+    assert networks.keys() == trained | {"UNet2DConditionModel", "AutoencoderTiny"}
+    for name, network in networks.items():
+        convolutions = [weight for weight in network.parameters() if weight.ndim == 4]
+        channels_last = all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
+        assert channels_last == ("--channels_last" in options)
+        if name != "AutoencoderTiny":
+            assert network.is_gradient_checkpointing == ("--gradient_checkpointing" in options)
+        assert network.dtype == (torch.bfloat16 if "bf16" in options and name not in trained else torch.float32)
+    assert ("bf16" in options) <= (records[0]["l2"] != expected[0]["l2"])
 
 
 def test_cached_latents_train_the_same(script, settings, tmp_path):
