@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FIXTURES
+from safetensors.torch import load_file
 
 from diffusers_invsr import TINY, InvSRNoisePredictor, InvSRPipeline
 from diffusers_invsr.sd_turbo import build_pipeline
-from diffusers_invsr.training.logs import read_log
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -17,6 +17,15 @@ sys.path.insert(0, str(EXAMPLES))  # the scripts import one another
 pytest.importorskip("kornia")
 
 import finetune_in_pixels  # noqa: E402
+
+from diffusers_invsr.training import (  # noqa: E402
+    Degradation,
+    ValidationSet,
+    list_files,
+    make_dataset,
+    make_loader,
+    read_log,
+)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator", "on_the_cpu")
@@ -53,7 +62,8 @@ def command(**options) -> list[str]:
 
 def test_the_decoder_and_the_predictor_learn_and_a_resumed_run_is_the_same(tmp_path):
     """The latter with the last checkpoint lost, as if the run had been killed at iteration 3."""
-    run = command(output_dir=tmp_path, also_degraded_by=SIMPLE)
+    one_degradation = command(output_dir=tmp_path, learning_rate=1e-3, warmup_iterations=1)
+    run = [*one_degradation, "--also_degraded_by", str(SIMPLE)]
     finetune_in_pixels.main(run)
     trained, log = weights(tmp_path / "pipeline"), read_log(tmp_path / "log.jsonl")
     changed = {name for name, value in weights(TINY).items() if not torch.equal(value, trained[name])}
@@ -61,6 +71,12 @@ def test_the_decoder_and_the_predictor_learn_and_a_resumed_run_is_the_same(tmp_p
     assert changed and all(name.startswith(("noise_predictor", "vae.decoder")) for name in changed)
     assert [record["iteration"] for record in log if "mse" in record] == [1, 2, 3, 4]
     assert [record["iteration"] for record in log if "psnr_y/1_step" in record] == [0, 4]
+    # The averaged weights are validated and saved, which are not the last ones
+    pipe = InvSRPipeline.from_pretrained(tmp_path / "pipeline", dtype=torch.float32)
+    metrics, _ = ValidationSet(list_files(str(FIXTURES / "photos[:1]")), 64).measure(pipe)
+    assert log[-1]["psnr_y/1_step"] == pytest.approx(metrics["psnr_y/1_step"], abs=0.01)
+    last = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert max((value - trained[name]).abs().max() for name, value in last.items()) > 1e-4
 
     (tmp_path / "checkpoint-4").rename(tmp_path / "lost")
     with pytest.raises(SystemExit, match="holds checkpoints of another run"):
@@ -70,11 +86,32 @@ def test_the_decoder_and_the_predictor_learn_and_a_resumed_run_is_the_same(tmp_p
     with pytest.raises(SystemExit, match="is of a run with other extra_layers"):
         finetune_in_pixels.main([*run, "--resume", "--extra_layers", "1"])
     with pytest.raises(SystemExit, match="is of a run with other also_degraded_by"):
-        finetune_in_pixels.main([*command(output_dir=tmp_path), "--resume"])
+        finetune_in_pixels.main([*one_degradation, "--resume"])
     finetune_in_pixels.main([*run, "--resume"])
     assert read_log(tmp_path / "log.jsonl") == log
     for name, value in weights(tmp_path / "pipeline").items():
         assert torch.equal(value, trained[name]), name
+
+
+def test_the_first_gradient_is_that_of_both_errors(tmp_path):
+    argv = command(output_dir=tmp_path, max_iterations=1, max_grad_norm=1e-3, mixed_precision="no")
+    finetune_in_pixels.main(argv)
+    _, (degradation,) = finetune_in_pixels.parse_args(argv)
+    pipe = InvSRPipeline.from_pretrained(TINY)
+    finetune_in_pixels.freeze(pipe)
+    hr = next(iter(make_loader(make_dataset([str(FIXTURES / "photos")], 64), 2)))["hr"].float() / 255
+    generator = finetune_in_pixels.batch_generator(0, 0)
+    lr = finetune_in_pixels.degrade(Degradation(degradation), hr, generator)
+    model = finetune_in_pixels.DecodedEstimate(pipe, None)
+    estimates, clean = model(*finetune_in_pixels.make_inputs(pipe, hr, lr, generator))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = (estimates - hr).square().mean() + (clean - hr[:1]).square().mean()
+    expected = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
+    state = torch.load(tmp_path / "checkpoint-1" / "optimizer.bin")["state"]
+    moments = torch.cat([state[number]["exp_avg"].flatten() for number in range(len(parameters))])
+    # Adam's first moment is a tenth of the gradient, which is as long as it may be
+    difference = 10 * moments - expected * 1e-3 / expected.norm()
+    assert difference.norm() < 1e-3 * 1e-3
 
 
 def test_it_ends_where_gradients_are_no_longer_finite(tmp_path, monkeypatch):
