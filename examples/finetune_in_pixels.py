@@ -42,6 +42,7 @@ from train_invsr import (
     describe,
     draw_starts,
     parse_settings,
+    require_bound,
     require_positive,
     setting,
 )
@@ -113,6 +114,7 @@ def parse_args(argv: list[str]) -> tuple[Settings, list[DegradationSettings]]:
     require_positive(
         parser, settings, "max_iterations", "batch_size", "log_every", "validate_every", "checkpoint_every"
     )
+    require_bound(parser, settings.max_grad_norm)
     if settings.also_degraded_by is not None:
         degradations += parse_settings(HfArgumentParser(DegradationSettings, usage=usage), [settings.also_degraded_by])
     return settings, degradations

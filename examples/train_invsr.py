@@ -209,6 +209,11 @@ def require_positive(parser: HfArgumentParser, settings, *names: str):
             parser.error(f"--{name} has to be at least 1, but is {getattr(settings, name)}.")
 
 
+def require_bound(parser: HfArgumentParser, max_grad_norm: float | None):
+    if max_grad_norm is not None and not max_grad_norm > 0:  # nothing would learn
+        parser.error(f"--max_grad_norm has to be above 0, but is {max_grad_norm}.")
+
+
 def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSettings, DegradationSettings]:
     """The settings, checked."""
     usage = "%(prog)s [SETTINGS.yaml] [--setting value ...]"
@@ -225,6 +230,7 @@ def parse_args(argv: list[str]) -> tuple[ModelSettings, DataSettings, RunSetting
         parser.error("--train_data has to name at least one source of images.")
     require_positive(parser, run, "max_iterations", "batch_size", "gradient_accumulation_steps", "max_skipped_steps")
     require_positive(parser, run, "log_every", "validate_every", "checkpoint_every", "keep_checkpoints")
+    require_bound(parser, run.max_grad_norm)
     starts = run.start_timesteps
     if not starts or not all(isinstance(start, int) and 1 <= start <= 1000 for start in starts):
         parser.error(f"--start_timesteps have to be integers in 1 ... 1000, but are {starts}.")

@@ -188,6 +188,7 @@ def test_a_deeper_predictor_is_saved_with_its_depth(tmp_path):
         (SETTINGS, "--model has to name the pipeline"),
         (command(extra_layers=-1), "--extra_layers has to be 0 or more, but is -1"),
         (command(batch_size=0), "--batch_size has to be at least 1, but is 0"),
+        (command(max_grad_norm=-1), "--max_grad_norm has to be above 0, but is -1.0"),
         (command(also_degraded_by="missing.yaml"), "missing.yaml is not a file with settings"),
         (command(also_degraded_by=SETTINGS[0]), "tiny_degradation.yaml has settings that do not exist: "),
         ([*SETTINGS, "--speed", "9"], "there is no such setting: --speed 9"),

@@ -544,6 +544,8 @@ def test_cached_latents_train_the_same(script, settings, tmp_path):
     "options, message",
     [
         (["--batch_size", "0"], "--batch_size has to be at least 1, but is 0"),
+        (["--max_grad_norm", "0"], "--max_grad_norm has to be above 0, but is 0.0"),
+        (["--max_grad_norm", "nan"], "--max_grad_norm has to be above 0, but is nan"),
         (["--start_timesteps", "200", "200"], "--start_timesteps has to name different steps"),
         (["--start_timesteps", "1001"], "--start_timesteps have to be integers in 1 ... 1000"),
         (["--latent_cache", "x"], "--latent_cache needs --crops_per_image"),
