@@ -547,6 +547,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
         start = {"tensorboard": {"purge_step": progress["iteration"] + 1}, "wandb": wandb}
         accelerator.init_trackers("invsr", init_kwargs=start)
     if accelerator.is_main_process:
+        checkpoints.remove_later(progress["iteration"])  # first: what is newest always goes with the log
         run_log = RunLog(output / "log.jsonl", None if checkpoint is None else progress["iteration"])
 
     def log(values: dict[str, float]):

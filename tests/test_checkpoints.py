@@ -98,6 +98,11 @@ def test_going_on_from_an_earlier_one_leaves_the_later_ones_behind(tmp_path, acc
     assert names(checkpoints.list()) == ["checkpoint-80", "checkpoint-85"][-keep:]
 
 
+def test_later_ones_are_removed(checkpoints):
+    checkpoints.remove_later(10)
+    assert names(checkpoints.list()) == ["checkpoint-5", "checkpoint-10"]
+
+
 def test_atomic_text(tmp_path):
     write_atomically(tmp_path / "a.txt", "old")
     write_atomically(tmp_path / "a.txt", "new")

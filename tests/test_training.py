@@ -326,6 +326,23 @@ def test_a_resumed_run_takes_the_settings_it_is_given(script, settings, uninterr
     assert all(torch.allclose(value, last[key], rtol=0, atol=1e-6) for key, value in average.items())
 
 
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_leaves_the_later_ones(
+    script, settings, uninterrupted, tmp_path, monkeypatch
+):
+    """Even if it is killed before it saves one: `latest` would go on with what it has left."""
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted, output)
+    monkeypatch.setattr(script, "StopRequest", interrupt)  # the loop's first step
+    with pytest.raises(KeyboardInterrupt):
+        script.main([settings, "--output_dir", str(output), "--resume", str(output / "checkpoint-4")])
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert read_log(output / "log.jsonl")[-1]["iteration"] == 4
+
+
 def test_a_run_does_not_mix_with_another_one(script, settings, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "other")
     with pytest.raises(SystemExit, match="`output_dir=.*` holds checkpoints of another run"):

@@ -59,8 +59,7 @@ class Checkpoints:
 
     def save(self, iteration: int, write: Callable[[Path], None]) -> Path:
         r"""
-        Save a checkpoint, and remove those that are too old and those of later iterations: they are of a course that
-        the run has left, by going on from an earlier one.
+        Save a checkpoint, and remove those that are too old and those of later iterations.
 
         Args:
             iteration (`int`): Finished iterations.
@@ -86,12 +85,20 @@ class Checkpoints:
             if checkpoint.is_dir():
                 shutil.rmtree(checkpoint)
             temporary.rename(checkpoint)
-            checkpoints = self.list()
-            end = checkpoints.index(checkpoint) + 1
-            for other in checkpoints[end:] + (checkpoints[: max(0, end - self.keep)] if self.keep else []):
+            self.remove_later(iteration)
+            for other in self.list()[: -self.keep] if self.keep else ():
                 shutil.rmtree(other)
         self.accelerator.wait_for_everyone()
         return checkpoint
+
+    def remove_later(self, iteration: int):
+        """
+        Remove the checkpoints of later iterations: they are of a course that the run has left, by going on from an
+        earlier one. One process does it for all.
+        """
+        for checkpoint in self.list():
+            if int(checkpoint.name.rpartition("-")[2]) > iteration:
+                shutil.rmtree(checkpoint)
 
     def find(self, name: str) -> Path | None:
         r"""
