@@ -56,6 +56,7 @@ from transformers.utils.versions import require_version
 
 import diffusers_invsr
 from diffusers_invsr import TINY, InvSRNoisePredictor, InvSRPipeline, convert, load_noise_predictor
+from diffusers_invsr.files import module_fingerprint
 from diffusers_invsr.hub import card_metadata
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
 from diffusers_invsr.tiling import enlarge
@@ -88,6 +89,7 @@ from diffusers_invsr.training import (
 
 VALIDATION_TIMEOUT = timedelta(hours=2)  # for which the other processes wait while one validates
 FIXED_RUN_SETTINGS = ("seed", "batch_size", "gradient_accumulation_steps", "start_timesteps")  # to resume a run
+FIXED_DATA_SETTINGS = ("train_data", "crop_size", "crops_per_image", "pool_batches", "num_workers")
 
 logger = get_logger(__name__)
 diffusers.utils.logging.set_verbosity_error()  # it warns of every component that is not its own, in full
@@ -374,6 +376,12 @@ def describe(parts: tuple, log: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def plain_config(network) -> dict:
+    """What a network's configuration says of its shape, as JSON gives it back."""
+    config = {key: value for key, value in network.config.items() if key[0] != "_" and key != "model_card"}
+    return json.loads(json.dumps(config))
+
+
 def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradation_settings: DegradationSettings):
     # 1. Accelerator
     output = Path(run.output_dir)
@@ -423,11 +431,14 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     ema_predictor = InvSRNoisePredictor.from_config(noise_predictor.config).eval().requires_grad_(False)
     ema_predictor.load_state_dict(noise_predictor.state_dict())
     base = TINY if model.base_model == "tiny" else model.base_model
-    pipe = convert(ema_predictor, base=base, dtype=frozen_dtype, variant=model.variant)
+    pipe = convert(ema_predictor, base=base, variant=model.variant)
+    # Of the weights in float32, whatever they are cast to: a resumed run may have another precision
+    base_fingerprint = " and ".join(module_fingerprint(part)[:12] for part in (pipe.unet, pipe.vae))
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        if part is not None:
+            part.eval().requires_grad_(False).to(frozen_dtype)
     if pipe.takes_text and pipe.text_encoder is not None:
         pipe.drop_text_encoder()  # the prompt is embedded once and for all
-    for part in (pipe.vae, pipe.unet):
-        part.eval().requires_grad_(False)
     if frozen_dtype == torch.float16 and pipe.vae.config.get("force_upcast", False):
         pipe.vae.float()  # it overflows in float16
     pipe.to(accelerator.device)
@@ -445,6 +456,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
         if not Path(model.discriminator).is_dir():
             raise ValueError(f"`discriminator={model.discriminator!r}` has to be a folder, but there is none.")
         discriminator = InvSRDiscriminator.from_pretrained(model.discriminator)
+    discriminator_config = None if discriminator is None else plain_config(discriminator)
     networks = [noise_predictor] if discriminator is None else [noise_predictor, discriminator.train()]
     if run.gradient_checkpointing:
         for network in (pipe.unet, *networks):
@@ -488,8 +500,11 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
         "zero_stage": None if deepspeed is None else deepspeed.zero_stage,
         "fsdp": accelerator.distributed_type == DistributedType.FSDP,
         "discriminator": discriminator is not None,
+        "base_model": f"weights {base_fingerprint}",
+        "noise_predictor_config": plain_config(ema_predictor),
+        "discriminator_config": discriminator_config,
         **{name: getattr(run, name) for name in FIXED_RUN_SETTINGS},
-        **{name: getattr(data, name) for name in ("train_data", "crop_size", "crops_per_image", "num_workers")},
+        **{name: getattr(data, name) for name in FIXED_DATA_SETTINGS},
     }
     if not hasattr(dataset, "shuffle_buffer"):
         del fixed["num_workers"]  # only the order of a stream depends on it

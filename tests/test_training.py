@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from subprocesses import run as run_function
 
 from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr.files import file_digest
 from diffusers_invsr.training import (
     Degradation,
     InvSRDiscriminator,
@@ -311,12 +312,12 @@ def test_a_damaged_checkpoint_falls_back(settings, uninterrupted, tmp_path):
 def test_a_resumed_run_takes_the_settings_it_is_given(script, settings, uninterrupted, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(uninterrupted, output)
+    resume = [settings, "--output_dir", str(output), "--resume", "latest", "--mixed_precision", "bf16"]
     with pytest.raises(SystemExit, match="`max_iterations=5` has to be at least 6, the iterations that the run"):
-        script.main([settings, "--output_dir", str(output), "--resume", "latest", "--max_iterations", "5"])
+        script.main([*resume, "--max_iterations", "5"])
     with pytest.raises(SystemExit, match="`discriminator=False` contradicts the run to resume, where it is True"):
-        script.main([settings, "--output_dir", str(output), "--resume", "latest", "--adversarial_weight", "0"])
-    options = ["--max_iterations", "7", "--learning_rate", "1e-9", "--ema_decay", "0"]
-    script.main([settings, "--output_dir", str(output), "--resume", "latest", *options])
+        script.main([*resume, "--adversarial_weight", "0"])
+    script.main([*resume, "--max_iterations", "7", "--learning_rate", "1e-9", "--ema_decay", "0"])
     assert read_log(output / "log.jsonl")[-1]["learning_rate"] == 1e-9
     for name in ("model.safetensors", "model_1.safetensors"):
         before, after = (load_file(output / f"checkpoint-{iteration}" / name) for iteration in (6, 7))
@@ -324,6 +325,36 @@ def test_a_resumed_run_takes_the_settings_it_is_given(script, settings, uninterr
     average = load_file(output / "pipeline" / "noise_predictor" / "diffusion_pytorch_model.safetensors")
     last = load_file(output / "checkpoint-7" / "model.safetensors")
     assert all(torch.allclose(value, last[key], rtol=0, atol=1e-6) for key, value in average.items())
+
+
+def test_a_resumed_run_has_the_networks_and_the_pool_that_it_had(script, settings, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted, output)
+    base = InvSRPipeline.from_pretrained(TINY)
+    with torch.no_grad():
+        base.unet.conv_out.bias += 1
+    base.save_pretrained(tmp_path / "base")
+    predictor = json.loads(Path(settings).read_text())["noise_predictor_config"]
+    others = {
+        "base_model": tmp_path / "base",
+        "pool_batches": 3,
+        "noise_predictor_config": json.dumps(predictor | {"layers_per_block": [2]}),
+        "discriminator_config": json.dumps(DISCRIMINATOR | {"norm_num_groups": 16}),
+    }
+    resume = [settings, "--output_dir", str(output), "--resume", "latest", "--max_iterations", "7"]
+    for name, value in others.items():
+        with pytest.raises(SystemExit, match=f"`{name}=.*` contradicts the run to resume, where it is "):
+            script.main([*resume, f"--{name}", str(value)])
+
+    # Earlier checkpoints do not tell
+    checkpoint = output / "checkpoint-6"
+    state, manifest = (json.loads((checkpoint / name).read_text()) for name in ("run.json", "manifest.json"))
+    state["fixed"] = {name: value for name, value in state["fixed"].items() if name not in others}
+    (checkpoint / "run.json").write_text(json.dumps(state))
+    manifest["run.json"] = file_digest(checkpoint / "run.json")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    script.main([*resume, "--base_model", str(tmp_path / "base")])
+    assert read_log(output / "log.jsonl")[-1]["iteration"] == 7
 
 
 def test_a_run_that_goes_on_from_an_earlier_checkpoint_leaves_the_later_ones(
