@@ -185,6 +185,12 @@ class Scores:
             stream.write(json.dumps({"key": key, "scores": scores}) + "\n")
 
 
+def write_json(file: Path, data: dict):
+    """Write results; what is not finite, such as the error of one pair, becomes null, for JSON has nothing else."""
+    data = json.loads(json.dumps(data), parse_constant=lambda constant: None)
+    write_atomically(file, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
 def settings_of(pipe: InvSRPipeline, photographs: list[Photograph], seed: int) -> dict:
     """What scores hang on: the weights, the HR images in their order, the seed."""
     return {

@@ -13,7 +13,6 @@ averaged over a photograph's crops first: a photograph counts once. `--output` g
 """
 
 import argparse
-import json
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -30,6 +29,7 @@ from findings_common import (
     positive,
     read_photographs,
     settings_of,
+    write_json,
 )
 from PIL import Image
 from scipy.ndimage import laplace
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None):
     text = "\n".join(parts)
     print(text)
     write_atomically(arguments.output / "auto_start.md", text)
-    write_atomically(arguments.output / "auto_start.json", json.dumps(data, indent=2) + "\n")
+    write_json(arguments.output / "auto_start.json", data)
 
 
 if __name__ == "__main__":

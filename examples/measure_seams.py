@@ -29,7 +29,6 @@ Tiles are enlarged once for all settings that have them. Needs `pip install ".[e
 """
 
 import argparse
-import json
 from dataclasses import asdict
 
 import numpy as np
@@ -47,6 +46,7 @@ from findings_common import (
     positive,
     read_photographs,
     settings_of,
+    write_json,
 )
 from PIL import Image
 from scipy.ndimage import maximum_filter1d
@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None):
     text, data = report([scores[photo.name,] for photo in photographs], arguments)
     print(text)
     write_atomically(arguments.output / "seams.md", text)
-    write_atomically(arguments.output / "seams.json", json.dumps(data, indent=2) + "\n")
+    write_json(arguments.output / "seams.json", data)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ differences clearly are as it says. Needs `pip install ".[examples,training]"`.
 """
 
 import argparse
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from findings_common import (
     reconstruct,
     settings_of,
     with_constant_noise,
+    write_json,
 )
 from PIL import Image
 
@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None):
     print(text)
     write_atomically(arguments.output / "findings.md", text)
     data = {"photographs": [photo.name for photo in photographs], "tables": [data for _, data in reports]}
-    write_atomically(arguments.output / "findings.json", json.dumps(data, indent=2) + "\n")
+    write_json(arguments.output / "findings.json", data)
 
 
 if __name__ == "__main__":

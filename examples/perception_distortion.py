@@ -12,7 +12,6 @@ install ".[examples,training]"` and matplotlib.
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from findings_common import (
     measure,
     read_photographs,
     settings_of,
+    write_json,
 )
 from paper_findings import DEGRADATIONS
 from PIL import Image
@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None):
     print(table)
     write_atomically(arguments.output / "curve.md", table)
     record = {"settings": settings, "means": [[*key, value] for key, value in means.items()]}
-    write_atomically(arguments.output / "curve.json", json.dumps(record, indent=2))
+    write_json(arguments.output / "curve.json", record)
     save_plot(means, names, arguments.output / "curve.png")
 
 

@@ -11,7 +11,6 @@ Needs `pip install ".[examples,training]"`; `--plot` needs matplotlib besides.
 
 import argparse
 import importlib.util
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from findings_common import (
     read_photographs,
     settings_of,
     with_constant_noise,
+    write_json,
 )
 from PIL import Image
 from torch.nn.functional import interpolate
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None):
     print(text)
     write_atomically(arguments.output / "threshold.md", text)
     data = {"photographs": [photo.name for photo in photographs], "degradations": [data for _, data in reports]}
-    write_atomically(arguments.output / "threshold.json", json.dumps(data, indent=2) + "\n")
+    write_json(arguments.output / "threshold.json", data)
     if arguments.plot:
         plot([data for _, data in reports], arguments.plot)
 

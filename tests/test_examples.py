@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -102,6 +103,14 @@ def test_differences():
     assert common.Difference.of([1.0, 1.0, 1.0], [2.0, 2.1, 1.9]).sign == -1
     assert common.Difference.of([2.0], [1.0]).sign is None
     assert common.Difference.of([1.0, 2.0], [1.0, 2.0]).sign == 0
+
+
+def test_results_are_json_with_one_photograph_too(tmp_path):
+    common.write_json(tmp_path / "a.json", {"d": vars(common.Difference.of([3.0], [1.0])), "psnr": [math.inf]})
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
+        "d": {"mean": 2.0, "error": None, "count": 1},
+        "psnr": [None],
+    }
 
 
 @pytest.mark.parametrize(
