@@ -84,6 +84,12 @@ def fresh_accelerator():
 
 
 @pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Where a resumed run is the same to the last bit."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+
+
+@pytest.fixture
 def warnings(caplog):
     """Texts of the warnings so far."""
     return lambda: [record.getMessage() for record in caplog.records if "fallbacks" in record.name]

@@ -44,12 +44,6 @@ OPTIONS = {
 }
 
 
-@pytest.fixture
-def on_the_cpu(monkeypatch):
-    """Where a resumed run is the same to the last bit."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-
-
 def weights(folder: Path | str) -> dict[str, torch.Tensor]:
     pipe = InvSRPipeline.from_pretrained(folder, dtype=torch.float32)
     networks = {"noise_predictor": pipe.noise_predictor, "unet": pipe.unet, "vae": pipe.vae}

@@ -33,7 +33,7 @@ from diffusers_invsr.training import (
 from diffusers_invsr.training.checkpoints import damage
 
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+pytestmark = pytest.mark.usefixtures("fresh_accelerator", "on_the_cpu")
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "train_invsr.py"
 PHOTOS = Path(__file__).parent / "fixtures" / "photos"
