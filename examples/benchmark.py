@@ -131,8 +131,7 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
 
     if arguments.output.exists():
         parser.error(f"--output {arguments.output} exists already: name a new folder")
-    if arguments.width is not None and arguments.model != "random":
-        parser.error(f"--width {arguments.width:g} is for the random model, not for --model {arguments.model}")
+    check_width(parser, arguments)
     try:
         arguments.device = torch.device(arguments.device)
         torch.ones(1, device=arguments.device)
@@ -154,7 +153,19 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def check_width(parser: argparse.ArgumentParser, arguments: argparse.Namespace):
+    if arguments.width is not None and arguments.model != "random":
+        parser.error(f"--width {arguments.width:g} is for the random model, not for --model {arguments.model}")
+
+
 def load_model(model: str, width: float | None, device: torch.device) -> InvSRPipeline:
+    try:
+        return find_model(model, width, device)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"The model cannot be had: {describe(error)}") from error
+
+
+def find_model(model: str, width: float | None, device: torch.device) -> InvSRPipeline:
     if model == "random":
         with device:  # random numbers are drawn there
             return build_pipeline(1.0 if width is None else width)
@@ -260,10 +271,7 @@ def main(args: list[str] | None = None):
     if memory_kept != arguments.keep_memory:
         raise SystemExit("--keep-memory needs glibc, the C library of most Linux systems")
     torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
-    try:
-        model = load_model(arguments.model, arguments.width, device)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"The model cannot be had: {describe(error)}") from error
+    model = load_model(arguments.model, arguments.width, device)
     if any(variant.settings.compile in ("full", "graphs", "plain") for variant in variants):
         variants = [fix_tile_size(variant, model.config.tile_size) for variant in variants]
     workloads = [

@@ -31,6 +31,7 @@ from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, DistributedType, InitProcessGroupKwargs, gather_object, set_seed
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from tqdm.auto import tqdm
 from train_invsr import (
@@ -42,6 +43,7 @@ from train_invsr import (
     describe,
     draw_starts,
     parse_settings,
+    refusals_as_sentences,
     require_bound,
     require_positive,
     setting,
@@ -49,7 +51,7 @@ from train_invsr import (
 from transformers import HfArgumentParser
 
 from diffusers_invsr import TINY, InvSRNoisePredictor, InvSRPipeline, keep_freed_memory
-from diffusers_invsr.conversion import save_whole
+from diffusers_invsr.conversion import FetchError, save_whole
 from diffusers_invsr.hub import card_metadata
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
 from diffusers_invsr.training import (
@@ -218,6 +220,7 @@ def freeze(pipe: InvSRPipeline):
         pipe.vae.post_quant_conv.requires_grad_(True)
 
 
+@refusals_as_sentences()
 def main(argv: list[str] | None = None):
     settings, degradation_settings = parse_args(sys.argv[1:] if argv is None else argv)
     handlers = [InitProcessGroupKwargs(timeout=VALIDATION_TIMEOUT)]
@@ -257,7 +260,13 @@ def main(argv: list[str] | None = None):
 
     # 2. Models
     dataset = make_dataset(settings.train_data, settings.crop_size, settings.seed)
-    pipe = InvSRPipeline.from_pretrained(TINY if settings.model == "tiny" else settings.model, dtype=torch.float32)
+    model = TINY if settings.model == "tiny" else settings.model
+    try:
+        pipe = InvSRPipeline.from_pretrained(model, dtype=torch.float32)
+    except (OSError, HFValidationError) as error:
+        if Path(model).is_dir():
+            raise
+        raise FetchError(model, error) from error
     pipe.set_progress_bar_config(disable=True)
     if pipe.takes_text and pipe.text_encoder is not None:
         pipe.drop_text_encoder()  # the prompt is embedded once and for all

@@ -18,7 +18,7 @@ import time
 from statistics import median
 
 import torch
-from benchmark import load_model, positive
+from benchmark import check_width, load_model, positive
 from benchmark_report import speed_up
 from peak_memory import PeakMemory, return_free_memory
 from PIL import Image
@@ -56,12 +56,13 @@ def main(args: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=positive, nargs="+", default=[256, 1024], help="sides of square LR images")
     parser.add_argument("--model", default="tiny", help="tiny, random (SD-Turbo's shapes), or a pipeline's folder")
-    parser.add_argument("--width", type=float, default=1.0, help="channels of the random model, of SD-Turbo's")
+    parser.add_argument("--width", type=float, help="channels of the random model: 1 (default), 0.5 ... 0.0625")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="number type")
     parser.add_argument("--tile-size", type=positive, help="LR pixels (default: automatic)")
     parser.add_argument("--repeats", type=positive, default=3, help="turns (default: %(default)s)")
     parser.add_argument("--freed", choices=("returned", "kept"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(args)
+    check_width(parser, arguments)
     if arguments.freed:
         print(*measure(arguments))
         return
@@ -73,8 +74,10 @@ def main(args: list[str] | None = None):
         for _ in range(arguments.repeats):
             for freed, turns in results.items():
                 options = ["--sizes", str(size), "--freed", freed]
-                output = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True).stdout
-                turns.append([float(number) for number in output.split()])
+                process = subprocess.run([*command, *options], stdout=subprocess.PIPE, text=True)
+                if process.returncode:  # it has said why
+                    raise SystemExit(process.returncode)
+                turns.append([float(number) for number in process.stdout.split()])
         reference, *_ = zip(*results["returned"])
         for freed, turns in results.items():
             times, growths, (buffers, *_) = zip(*turns)

@@ -9,11 +9,11 @@ with its strongest settings below it. Needs `pip install "diffusers-invsr[traini
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 from diffusers_invsr.training.degradation import Degradation, DegradationSettings, EvaluationDegradationSettings
+from diffusers_invsr.training.validation import to_image, to_tensor
 
 
 SETTINGS = {"training": DegradationSettings, "evaluation": EvaluationDegradationSettings}
@@ -32,7 +32,7 @@ def caption(draw: dict) -> str:
     )
 
 
-def main():
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hr", type=Path, required=True, help="the photograph")
     parser.add_argument("--output", type=Path, required=True, help="the picture to write")
@@ -40,22 +40,26 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
     parser.add_argument("--settings", choices=SETTINGS, default="training", help="what to draw from")
     parser.add_argument("--crop", type=int, default=256, help="side of the crop in pixels")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     degradation = Degradation(SETTINGS[arguments.settings]())
     crop = arguments.crop // degradation.scale * degradation.scale
     photo = Image.open(arguments.hr).convert("RGB")
+    if not degradation.min_size <= crop <= min(photo.size):
+        parser.error(
+            f"--crop has to be from {degradation.min_size} to the photograph's shorter side, {min(photo.size)}, but is"
+            f" {arguments.crop}."
+        )
     left, top = (photo.width - crop) // 2, (photo.height - crop) // 2
     photo = photo.crop((left, top, left + crop, top + crop))
-    hr = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].float() / 255
+    hr = to_tensor(photo)
 
     pictures = [(photo, "HR")]
     generator = torch.Generator().manual_seed(arguments.seed)
     for _ in range(arguments.draws):
         # One image a batch, so that the resizes differ too.
         draw = degradation.draw(1, generator)
-        lr = degradation.apply(hr, draw, generator)[0]
-        lr = Image.fromarray((255 * lr).round().byte().permute(1, 2, 0).numpy())
+        lr = to_image(degradation.apply(hr, draw, generator))
         pictures.append((lr.resize((crop, crop), Image.Resampling.NEAREST), caption(draw.to_dicts()[0])))
 
     rows = -(-len(pictures) // COLUMNS)

@@ -26,6 +26,7 @@ import shutil
 import signal
 import sys
 import traceback
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -50,6 +51,7 @@ from accelerate.utils import (
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.optimization import get_constant_schedule_with_warmup
 from diffusers.training_utils import EMAModel
+from huggingface_hub import create_repo
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.utils.versions import require_version
@@ -418,6 +420,16 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
             f"`output_dir={run.output_dir!r}` holds checkpoints of another run: continue it with `--resume latest`,"
             " or choose another folder."
         )
+    repository = run.hub_model_id or output.name
+    if run.push_to_hub and accelerator.is_main_process:
+        try:  # now, rather than after all iterations
+            create_repo(repository, exist_ok=True)
+        except Exception as error:  # of many kinds: no token, no connection, no such owner, ...
+            raise ValueError(
+                f"`push_to_hub` needs the repository {repository!r} on the Hub, which cannot be created"
+                f" ({(str(error).strip() or type(error).__name__).splitlines()[0]}): log in with `hf auth login`, or"
+                " name another with `hub_model_id`."
+            ) from error
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(run.seed)
 
@@ -719,7 +731,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
             whole.save_pretrained(output / "discriminator")
         logger.info(f"The pipeline is in {output / 'pipeline'}.")
         if run.push_to_hub:
-            finished_pipe.push_to_hub(run.hub_model_id or output.name)
+            finished_pipe.push_to_hub(repository)
     accelerator.end_training()
 
 
@@ -732,21 +744,31 @@ def out_of_memory_advice(data: DataSettings, run: RunSettings) -> str:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether an error is a sentence for the user, raised on purpose by this script or the package, and no fault."""
+    """Whether an error is a sentence for the user, raised on purpose by a script here or the package, and no fault."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    ours = (Path(__file__).resolve(), Path(diffusers_invsr.__file__).resolve().parent)
+    ours = (Path(__file__).resolve().parent, Path(diffusers_invsr.__file__).resolve().parent)
     return frame.line.startswith("raise ") and any(Path(frame.filename).resolve().is_relative_to(p) for p in ours)
 
 
-def main(argv: list[str] | None = None):
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of a checkpoint
+@contextmanager
+def refusals_as_sentences():
+    """Ends the program with the sentence alone where an error is one for the user, and no traceback is of use."""
     try:
-        model, data, run, degradation = parse_args(sys.argv[1:] if argv is None else argv)
-        train(model, data, run, degradation)
+        yield
     except (OSError, RuntimeError, ValueError) as error:
         if is_refusal(error):
             raise SystemExit(str(error)) from error
+        raise
+
+
+@refusals_as_sentences()
+def main(argv: list[str] | None = None):
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it names every file of a checkpoint
+    model, data, run, degradation = parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        train(model, data, run, degradation)
+    except RuntimeError as error:
         if should_reduce_batch_size(error):
             raise SystemExit(out_of_memory_advice(data, run)) from error
         raise

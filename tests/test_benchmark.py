@@ -289,3 +289,14 @@ def test_memory_and_time_of_both_ways_to_free_memory(capsys):
     for row in rows:
         seconds, growth, buffers = float(row[2]), float(row[4]), float(row[5])
         assert seconds > 0 and growth > buffers == round((4 * 24) ** 2 * 19 / 2**20)
+
+
+def test_memory_of_models_that_do_not_exist(capfd):
+    with pytest.raises(SystemExit):
+        measure_memory.main(["--model", "tiny", "--width", "0.5"])
+    assert "--width 0.5 is for the random model, not for --model tiny" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        measure_memory.main(["--model", "nowhere"])
+    message = capfd.readouterr().err
+    assert error.value.code == 1 and "Traceback" not in message
+    assert "The model cannot be had: --model nowhere is neither random, tiny nor a folder" in message

@@ -30,6 +30,7 @@ import measure_seams  # noqa: E402
 import paper_findings  # noqa: E402
 import perception_distortion  # noqa: E402
 import reproduce_paper  # noqa: E402
+import show_degradation  # noqa: E402
 import snr_threshold  # noqa: E402
 import train_tiny  # noqa: E402
 from finetune_in_pixels import deepen  # noqa: E402
@@ -278,6 +279,18 @@ def test_sizes_are_positive(auto, photos, tmp_path, name, capsys):
     with pytest.raises(SystemExit):
         auto.main(options(photos, tmp_path / "out", name, "0"))
     assert f"argument {name}: has to be 1 or more, but is 0" in capsys.readouterr().err
+
+
+def test_a_sheet_of_degradations(photos, tmp_path, capsys):
+    arguments = ["--hr", str(photos / "kodim20.png"), "--output", str(tmp_path / "sheet.png"), "--draws", "2"]
+    show_degradation.main([*arguments, "--crop", "62"])
+    sheet, photo = (np.array(Image.open(path)) for path in (tmp_path / "sheet.png", photos / "kodim20.png"))
+    assert np.array_equal(sheet[:60, :60], photo[2:62, 2:62])
+    for crop in ("20", "128"):
+        with pytest.raises(SystemExit):
+            show_degradation.main([*arguments, "--crop", crop])
+        message = f"--crop has to be from 56 to the photograph's shorter side, 64, but is {crop}"
+        assert message in capsys.readouterr().err
 
 
 def test_training_images(tmp_path, capsys):

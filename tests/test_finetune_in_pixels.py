@@ -185,10 +185,13 @@ def test_a_deeper_predictor_is_saved_with_its_depth(tmp_path):
         (command(max_grad_norm=-1), "--max_grad_norm has to be above 0, but is -1.0"),
         (command(also_degraded_by="missing.yaml"), "missing.yaml is not a file with settings"),
         (command(also_degraded_by=SETTINGS[0]), "tiny_degradation.yaml has settings that do not exist: "),
+        (command(train_data="nowhere"), "nowhere"),
+        (command(model="nowhere"), "'nowhere' could not be fetched from the Hub"),
         ([*SETTINGS, "--speed", "9"], "there is no such setting: --speed 9"),
     ],
 )
-def test_wrong_settings_are_named(arguments, message, capsys):
-    with pytest.raises(SystemExit):
+def test_wrong_settings_are_named(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
         finetune_in_pixels.main(arguments)
-    assert message in capsys.readouterr().err
+    assert message in f"{capsys.readouterr().err} {error.value}"

@@ -446,6 +446,12 @@ def test_the_finished_pipeline_is_published(settings, uninterrupted, tmp_path):
     assert "license: cc0-1.0" in card and "| dis_init_iterations | `2` |" in card
 
 
+def test_what_cannot_be_published_is_not_trained(script, settings, tmp_path):
+    with pytest.raises(SystemExit, match="`push_to_hub` needs the repository 'me/run' on the Hub.*`hf auth login`"):
+        script.main([settings, "--output_dir", str(tmp_path / "run"), "--push_to_hub", "--hub_model_id", "me/run"])
+    assert not (tmp_path / "run").exists()
+
+
 SHARDED = """
 import os, torch
 from torch.distributed.fsdp import fully_shard
