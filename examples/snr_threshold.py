@@ -35,11 +35,11 @@ from findings_common import (
     write_json,
 )
 from PIL import Image
-from torch.nn.functional import interpolate
 
 from diffusers_invsr import InvSRPipeline
 from diffusers_invsr.files import write_atomically
 from diffusers_invsr.tables import markdown_table
+from diffusers_invsr.tiling import enlarge
 from diffusers_invsr.training import one_step_estimate
 from diffusers_invsr.training.validation import to_image, to_tensor
 
@@ -54,11 +54,9 @@ JUDGED = ("psnr_y", "ssim_y")
 def one_step(pipe: InvSRPipeline, lr: Image.Image, start: int, seed: int) -> Image.Image:
     """What `pipe(lr, timesteps=[start], tile_size=None)` gives of an image that needs no padding, at any start."""
     pixels = to_tensor(lr).to(pipe.device)
-    scale = pipe.config.scale
     noise = pipe.prepare_noise(1, lr.height, lr.width, 2, torch.Generator().manual_seed(seed), pipe.device)
-    enlarged = interpolate(pixels, scale_factor=scale, mode="bicubic", align_corners=False)
     index = torch.tensor([start - 1], device=pipe.device)
-    latents = pipe.encode_image(enlarged, noise[1])
+    latents = pipe.encode_image(enlarge(pixels, pipe.config.scale), noise[1])
     prompt_embeds, _ = pipe.encode_prompt(None, None, None, None, False, pipe.device)
     estimate = one_step_estimate(
         pipe.noise_predictor, pipe.unet, pipe.scheduler, pixels, latents, index, noise[0], prompt_embeds

@@ -22,7 +22,6 @@ after every epoch, from which `--resume` goes on.
 """
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,6 +38,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import HfArgumentParser
 
 from diffusers_invsr import TINY
+from diffusers_invsr.files import write_atomically
+from diffusers_invsr.training.checkpoints import save_atomically
 from diffusers_invsr.training.latent_lpips import LatentLPIPS
 
 
@@ -183,19 +184,6 @@ def validate(
     return agreement
 
 
-# Files
-
-
-def save_atomically(obj: dict, file: Path) -> None:
-    """Save so that an interruption leaves the old file or the new one, never half of one."""
-    temporary = file.with_suffix(".tmp")
-    if file.suffix == ".json":
-        temporary.write_text(json.dumps(obj, indent=2, default=str) + "\n")
-    else:
-        torch.save(obj, temporary)
-    os.replace(temporary, file)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser((ModelArguments, TrainArguments), description="Train the latent LPIPS.")
     model_args, args = parser.parse_args_into_dataclasses(argv)
@@ -310,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
             "history": history,
             "arguments": settings,
         }
-        save_atomically(metrics, args.output_dir / "metrics.json")
+        write_atomically(args.output_dir / "metrics.json", json.dumps(metrics, indent=2, default=str) + "\n")
     accelerator.print(f"Agreement {history[0]['agreement']['mean']:.3f} -> {history[-1]['agreement']['mean']:.3f}")
     accelerator.end_training()
 

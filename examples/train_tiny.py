@@ -20,12 +20,12 @@ What differs from the published model, and why:
 
 Half of the training samples are crops of photographs 1 to 16 of the Kodak set, half are procedural (`procedural.py`).
 Kodak 17 to 24 are never read: they are left for measurement. Two of the sixteen are held back for validation.
+Needs `pip install ".[training]"`.
 """
 
 import argparse
 import json
 import math
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +42,9 @@ from simple_degradation import SCALE, degrade
 
 from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
+from diffusers_invsr.tiling import enlarge
+from diffusers_invsr.training import one_step_estimate
+from diffusers_invsr.training.checkpoints import save_atomically
 
 
 STAGES = ("pool", "autoencoder", "prior", "predictor", "assemble")
@@ -91,13 +94,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # Files
-
-
-def save_atomically(obj: dict, path: Path) -> None:
-    """Save so that an interruption leaves the old file or the new one, never half of one."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(obj, temporary)
-    os.replace(temporary, path)
 
 
 def load(args: argparse.Namespace, stage: str) -> dict:
@@ -359,7 +355,7 @@ def train_prior(args: argparse.Namespace) -> None:
 def train_predictor(args: argparse.Namespace) -> None:
     """Train the noise predictor through the frozen prior (section 3.2 of the paper): ẑ₀ against the HR latent."""
     vae, latent_to_patch = load_vae(args)
-    unet, abar = load_frozen(args, build_unet(), "prior"), InvSRScheduler().alphas_cumprod.to(args.device)
+    unet, scheduler = load_frozen(args, build_unet(), "prior"), InvSRScheduler()
     crops, predictor = Crops(args, "predictor"), build_predictor()
     with torch.no_grad():
         # Under L2 the best standard deviation is nearly zero. Starting at exp(-3) saves the time to unlearn one of 1.
@@ -371,14 +367,8 @@ def train_predictor(args: argparse.Namespace) -> None:
 
     def one_step(lr: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """Scaled latents ẑ₀ of the one-step estimate that starts at `steps` (counted from 1)."""
-        noise = predictor(2 * lr - 1, steps - 1).latent_dist
-        noise = noise.mean.float() + noise.std.float() * torch.randn_like(noise.mean, dtype=torch.float32)
-        upscaled = F.interpolate(lr, scale_factor=SCALE, mode="bicubic", align_corners=False)
-        latents = vae.config.scaling_factor * vae.encode(2 * upscaled - 1).latents.float()
-        level = abar[steps - 1].view(-1, 1, 1, 1)
-        noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
-        epsilon = unet(noisy, steps - 1, encoder_hidden_states=None).sample.float()
-        return (noisy - (1 - level).sqrt() * epsilon) / level.sqrt()
+        latents = vae.config.scaling_factor * vae.encode(2 * enlarge(lr, SCALE) - 1).latents.float()
+        return one_step_estimate(predictor, unet, scheduler, lr, latents, steps - 1, torch.randn_like(latents))
 
     def decode(latents: torch.Tensor) -> torch.Tensor:
         latents = (latents / vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
@@ -403,7 +393,7 @@ def train_predictor(args: argparse.Namespace) -> None:
         return losses
 
     def validate() -> dict[str, float]:
-        results = {"bicubic": F.interpolate(held_back_lr, scale_factor=SCALE, mode="bicubic", align_corners=False)}
+        results = {"bicubic": enlarge(held_back_lr, SCALE)}
         for step in START_TIMESTEPS:
             steps = torch.full((len(held_back),), step, device=args.device)
             results[str(step)] = decode(one_step(held_back_lr, steps))

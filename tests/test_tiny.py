@@ -11,6 +11,7 @@ from conftest import FIXTURES
 from PIL import Image
 
 from diffusers_invsr import TINY, InvSRPipeline
+from diffusers_invsr.metrics import psnr_y
 
 
 PHOTOS = ("kodim20", "kodim22", "kodim24")
@@ -27,20 +28,12 @@ def photo(name: str, kind: str) -> Image.Image:
     return Image.open(FIXTURES / "photos" / f"{name}_{kind}.png")
 
 
-def luma(image: Image.Image) -> np.ndarray:
-    return np.array(image, dtype=np.float64) @ np.array([65.481, 128.553, 24.966]) / 255
-
-
-def psnr(result: np.ndarray, target: np.ndarray) -> float:
-    return 10 * np.log10(255**2 / np.mean((result - target) ** 2))
-
-
 def mean_psnr(pipe: InvSRPipeline, **arguments) -> float:
     """PSNR of luma, mean over the photographs."""
     values = []
     for name in PHOTOS:
         result = pipe(photo(name, "lr"), tile_size=None, generator=torch.Generator().manual_seed(0), **arguments)
-        values.append(psnr(luma(result.images[0]), luma(photo(name, "hr"))))
+        values.append(psnr_y(np.array(result.images[0]), np.array(photo(name, "hr"))))
     return float(np.mean(values))
 
 
@@ -74,7 +67,7 @@ def test_better_than_bicubic(tiny):
     bicubic = []
     for name in PHOTOS:
         enlarged = photo(name, "lr").resize((256, 256), Image.Resampling.BICUBIC)
-        bicubic.append(psnr(luma(enlarged), luma(photo(name, "hr"))))
+        bicubic.append(psnr_y(np.array(enlarged), np.array(photo(name, "hr"))))
     assert mean_psnr(tiny) > np.mean(bicubic) + 0.4
 
 
