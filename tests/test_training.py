@@ -46,7 +46,6 @@ DISCRIMINATOR = {
     "cross_attention_dim": None,
     "norm_num_groups": 8,  # a group of one channel would lose what the time embedding adds to it
 }
-LOSSES = ("l2", "lpips", "adversarial", "discriminator", "total")
 
 
 def load_script(name):

@@ -23,8 +23,8 @@ from .sources import STREAM_PREFIXES, BadImage, check_sources, list_files, open_
 
 # First entry of every generator's seed, so that order, crops and shuffle buffer draw independent numbers.
 ORDER, CROP, BUFFER = range(3)
+NAMED_FILES = 3  # of those that are left out for one reason
 
-Skipped = list[tuple[str, str]]
 Sample = dict[str, Any]
 
 
@@ -349,38 +349,27 @@ def _leave_process_group(worker: int):
 
 
 class SkipReport:
-    r"""
-    Which files were left out and why. Lives in the main process and is told the `"skipped"` of each batch.
+    """Which files were left out and why. Lives in the main process and is told the `"skipped"` of each batch."""
 
-    Args:
-        total (`int`, *optional*): Number of files of the dataset, for the summary.
-    """
-
-    def __init__(self, total: int | None = None):
-        self.total = total
+    def __init__(self):
         self.reasons: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.reasons)
 
-    def add(self, skipped: Iterable[tuple[str, str]]) -> bool:
-        """Count the files among `(file, reason)` that are not counted yet. Returns whether there were any."""
-        before = len(self)
+    def add(self, skipped: Iterable[tuple[str, str]]):
+        """Count the files among `(file, reason)` that are not counted yet."""
         for file, reason in skipped:
             self.reasons.setdefault(file, reason)
-        return len(self) > before
 
-    def summary(self, examples: int = 3) -> str:
+    def summary(self) -> str:
         """One line with the number of files for each reason and the names of a few."""
-        if not self.reasons:
-            return "skipped no files"
         kinds = []
         for reason, count in Counter(self.reasons.values()).most_common():
-            names = [os.path.basename(file) for file, why in self.reasons.items() if why == reason]
-            more = ", ..." if count > examples else ""
-            kinds.append(f"{count} {reason} ({', '.join(sorted(names)[:examples])}{more})")
-        total = "" if self.total is None else f" of {self.total}"
-        return f"skipped {len(self)}{total} files: {', '.join(kinds)}"
+            names = sorted(os.path.basename(file) for file, why in self.reasons.items() if why == reason)
+            more = ", ..." if count > NAMED_FILES else ""
+            kinds.append(f"{count} {reason} ({', '.join(names[:NAMED_FILES])}{more})")
+        return f"skipped {len(self)} files: {', '.join(kinds)}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"reasons": dict(self.reasons)}
