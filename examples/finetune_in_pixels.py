@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None):
         pipe = InvSRPipeline.from_pretrained(model, dtype=torch.float32)
     except (OSError, HFValidationError) as error:
         if Path(model).is_dir():
-            raise
+            raise ValueError(f"`model={settings.model!r}` cannot be loaded as a pipeline: {error}") from error
         raise FetchError(model, error) from error
     pipe.set_progress_bar_config(disable=True)
     if pipe.takes_text and pipe.text_encoder is not None:

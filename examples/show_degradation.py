@@ -44,7 +44,10 @@ def main(argv: list[str] | None = None):
 
     degradation = Degradation(SETTINGS[arguments.settings]())
     crop = arguments.crop // degradation.scale * degradation.scale
-    photo = Image.open(arguments.hr).convert("RGB")
+    try:
+        photo = Image.open(arguments.hr).convert("RGB")
+    except OSError as error:
+        parser.error(f"--hr {arguments.hr} cannot be read as an image: {error}")
     if not degradation.min_size <= crop <= min(photo.size):
         parser.error(
             f"--crop has to be from {degradation.min_size} to the photograph's shorter side, {min(photo.size)}, but is"

@@ -51,7 +51,7 @@ from accelerate.utils import (
 from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.optimization import get_constant_schedule_with_warmup
 from diffusers.training_utils import EMAModel
-from huggingface_hub import create_repo
+from huggingface_hub import auth_check, create_repo
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.utils.versions import require_version
@@ -132,7 +132,7 @@ class DataSettings:
 @dataclass
 class RunSettings:
     output_dir: str = setting("Folder of everything that the run writes.", "invsr-training")
-    resume: str | None = setting("`latest`, or the folder of a checkpoint.")
+    resume: str | None = setting("`latest`, or a checkpoint's folder. Later ones in the output folder are removed.")
     seed: int = setting("Seed of every random choice.", 0)
     max_iterations: int = setting("Iterations (updates of the weights).", 100_000)
     batch_size: int = setting("Images a process takes at once.", 16)
@@ -423,10 +423,10 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     repository = run.hub_model_id or output.name
     if run.push_to_hub and accelerator.is_main_process:
         try:  # now, rather than after all iterations
-            create_repo(repository, exist_ok=True)
+            auth_check(create_repo(repository, exist_ok=True).repo_id, write=True)
         except Exception as error:  # of many kinds: no token, no connection, no such owner, ...
             raise ValueError(
-                f"`push_to_hub` needs the repository {repository!r} on the Hub, which cannot be created"
+                f"`push_to_hub` needs the repository {repository!r} on the Hub, which cannot be written"
                 f" ({(str(error).strip() or type(error).__name__).splitlines()[0]}): log in with `hf auth login`, or"
                 " name another with `hub_model_id`."
             ) from error
@@ -445,7 +445,7 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     base = TINY if model.base_model == "tiny" else model.base_model
     pipe = convert(ema_predictor, base=base, variant=model.variant)
     # Of the weights in float32, whatever they are cast to: a resumed run may have another precision
-    base_fingerprint = " and ".join(module_fingerprint(part)[:12] for part in (pipe.unet, pipe.vae))
+    base_fingerprint = " and ".join(module_fingerprint(part, with_config=False)[:12] for part in (pipe.unet, pipe.vae))
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         if part is not None:
             part.eval().requires_grad_(False).to(frozen_dtype)
@@ -534,7 +534,12 @@ def train(model: ModelSettings, data: DataSettings, run: RunSettings, degradatio
     if checkpoint is not None:
         stored = json.loads((checkpoint / "run.json").read_text())
         for name, value in stored["fixed"].items():
-            if fixed.get(name) != value:
+            if isinstance(value, dict) and isinstance(fixed.get(name), dict):
+                # A newer release may have added to a configuration
+                changed = [key for key in value if fixed[name].get(key) != value[key]]
+                if changed:
+                    raise ValueError(f"`{name}` contradicts the run to resume in {' and '.join(changed)}.")
+            elif fixed.get(name) != value:
                 raise ValueError(f"`{name}={fixed.get(name)!r}` contradicts the run to resume, where it is {value!r}.")
         if stored["progress"]["iteration"] > run.max_iterations:
             raise ValueError(
@@ -746,8 +751,9 @@ def out_of_memory_advice(data: DataSettings, run: RunSettings) -> str:
 def is_refusal(error: Exception) -> bool:
     """Whether an error is a sentence for the user, raised on purpose by a script here or the package, and no fault."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    ours = (Path(__file__).resolve().parent, Path(diffusers_invsr.__file__).resolve().parent)
-    return frame.line.startswith("raise ") and any(Path(frame.filename).resolve().is_relative_to(p) for p in ours)
+    file, package = Path(frame.filename).resolve(), Path(diffusers_invsr.__file__).resolve().parent
+    ours = file.parent == Path(__file__).resolve().parent or file.is_relative_to(package)
+    return frame.line.startswith("raise ") and ours
 
 
 @contextmanager

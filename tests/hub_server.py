@@ -25,6 +25,7 @@ class Hub:
         self.url = url
         self.objects: dict[str, bytes] = {}  # large files, by their SHA-256
         self.commits: dict[str, dict[str, dict[str, bytes]]] = {}  # repository -> commit -> path -> content
+        self.read_only: set[str] = set()
         self.lock = threading.Lock()
 
     def head(self, repo: str) -> str:
@@ -92,6 +93,10 @@ class Handler(BaseHTTPRequestHandler):
         if not exists:
             self.hub.commit(repo, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
         self.respond_json({"url": f"{self.hub.url}/{repo}", "name": repo}, 409 if exists else 200)
+
+    def check_writing(self, body: bytes, repo: str):
+        allowed = repo not in self.hub.read_only
+        self.respond_json({} if allowed else {"error": "read only"}, 200 if allowed else 403)
 
     def validate_yaml(self, body: bytes):
         text = json.loads(body)["content"]
@@ -176,6 +181,7 @@ ENDPOINTS = [
     ("PUT", r"/lfs/(?P<oid>\w+)", Handler.lfs_put),
     ("POST", rf"/api/models/{REPO}/commit/{REVISION}", Handler.commit),
     ("GET", rf"/api/models/{REPO}", Handler.info),
+    ("GET", rf"/api/models/{REPO}/auth-check/write", Handler.check_writing),
     ("GET", rf"/api/models/{REPO}/revision/{REVISION}", Handler.info),
     ("GET", rf"/api/models/{REPO}/tree/{REVISION}", Handler.tree),
     ("GET HEAD", rf"/{REPO}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),

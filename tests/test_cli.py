@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler, __version__, convert
 from diffusers_invsr.cli import app
 from diffusers_invsr.cli_models import saved_dtypes
+from diffusers_invsr.evaluation.pairs import find_named
 from diffusers_invsr.image_files import read_image, save_image
 
 
@@ -589,6 +590,12 @@ def test_folders_that_cannot_be_read_are_reported(folder, model):
     output = run("upscale", "in", "-o", "out", "--model", model, status=1)
     assert "in/closed: cannot be read (Permission denied)" in output
     assert "1 enlarged, 0 skipped, 1 failed" in output
+    Path("in/closed").chmod(0o444)  # names may be read, but not what they stand for
+    output = run("upscale", "in/*.png", "in/*/*.png", "-o", "out2", "--model", model, status=1)
+    assert "in/closed/b.png: cannot be read (Permission denied)" in output
+    assert "1 enlarged, 0 skipped, 1 failed" in output
+    with pytest.raises(ValueError, match="closed.* in it cannot be read"):
+        find_named(Path("in"), "lq")
 
 
 @pytest.mark.parametrize("size", [(40, 30), (300, 200)])

@@ -182,8 +182,8 @@ def plan(inputs: list[str], out: Path, image_format: str, suffix: str) -> tuple[
     if not (to_file and folder == out) and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise typer.BadParameter(f"{out} cannot be made, since {folder} cannot be written to.", param_hint="'--out'")
     images, missing, results, others = find_images(inputs, out, suffix)
-    for text in missing:
-        report(text)
+    for text, reason in missing.items():
+        report(f"{text}: {reason}")
     if others:
         typer.echo(f"{len(others)} left out: through links, they are there by another name")
     if results:

@@ -1,6 +1,7 @@
 """What commands share: models, devices and messages. What is wrong is said in one sentence, which ends the program."""
 
 import logging
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -134,7 +135,8 @@ def load_pipeline(
         fail(f"{model!r} cannot be loaded as an InvSR pipeline: {describe(error)}")
     for warning in warnings:
         if "newly initialized" in warning:  # with what memory held
-            fail(f"{model!r} cannot be loaded, as weights are missing: {textwrap.shorten(warning, 400)}")
+            warning = textwrap.shorten(re.sub(r"\x1b\[[0-9;]*m", "", warning), 400)  # without the colours of terminals
+            fail(f"{model!r} cannot be loaded, as weights are missing: {warning}")
     try:
         if pipe.device != torch.device(device):  # where it is already, diffusers only warns of float16
             pipe.to(device)

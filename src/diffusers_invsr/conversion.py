@@ -259,6 +259,7 @@ def convert(
     Raises:
         FetchError: If something could not be fetched from the Hub.
         FileExistsError: If `output` exists and may not be replaced.
+        OSError: If the folder `base` does not hold what it should.
         ValueError: If the predictor's checkpoint does not fit its configuration, or the predictor the base; or if
             `config` is given without a checkpoint.
     """
@@ -287,7 +288,7 @@ def convert(
         )
     except (OSError, HFValidationError) as error:
         if os.path.isdir(base):
-            raise
+            raise OSError(f"`base={base!r}` cannot be loaded: {error}") from error
         raise FetchError(base, error) from error
 
     pipe.check_components()

@@ -21,20 +21,23 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def module_fingerprint(module: torch.nn.Module, parts: tuple[str, ...] = ("",)) -> str:
+def module_fingerprint(module: torch.nn.Module, parts: tuple[str, ...] = ("",), with_config: bool = True) -> str:
     r"""
     Identify what a network computes.
 
     Args:
         module (`ModelMixin` or `PreTrainedModel`): A network of diffusers or transformers.
         parts (`tuple[str, ...]`, *optional*): With what the names of the weights begin that count; by default all do.
+        with_config (`bool`, defaults to `True`): Whether its configuration counts, which a new release may add to.
 
     Returns:
         `str`: 32 hexadecimal digits that follow from its class, its configuration, and the names, number types and
         values of its weights; not from where it was loaded from.
     """
-    config = module.config if isinstance(module.config, dict) else module.config.to_dict()
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    config = {}
+    if with_config:
+        config = module.config if isinstance(module.config, dict) else module.config.to_dict()
+        config = {key: value for key, value in config.items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps([type(module).__name__, config], sort_keys=True, default=str).encode())
     for name, tensor in sorted(module.state_dict().items()):
         if not name.startswith(parts):

@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
@@ -33,7 +34,7 @@ FOREIGN_COLOR_SPACES = {"L": (b"RGB ", b"CMYK", b"Lab "), "RGB": (b"GRAY", b"CMY
 
 def find_images(
     inputs: list[str], out: Path, suffix: str = ""
-) -> tuple[dict[Path, Path], list[str], set[Path], set[Path]]:
+) -> tuple[dict[Path, Path], dict[str, str], set[Path], set[Path]]:
     r"""
     Find the files that the inputs stand for, each once, in the order of the inputs.
 
@@ -49,23 +50,19 @@ def find_images(
     Returns:
         `dict[Path, Path]`: For each file, its name below the output folder. Files in a folder keep their subfolder, as
         do files that a pattern matched, below its part without wildcards.
-        `list[str]`: Inputs for which there is nothing, with the reason.
+        `dict[str, str]`: For each input for which there is nothing, and each path that cannot be read, the reason.
         `set[Path]`: Files that were left out as results.
         `set[Path]`: Files that were left out as links, or the like, to images that are found by another name.
     """
-    found, missing, seen, beside, others = {}, [], set(), set(), set()
+    found, missing, seen, beside, others = {}, {}, set(), set(), set()
     out = out.resolve()
 
     def unreadable(error: OSError):
-        missing.append(f"{error.filename}: cannot be read ({error.strerror})")
+        missing[os.fspath(error.filename)] = f"cannot be read ({error.strerror})"
 
     for text in inputs:
         path, num_missing = Path(text if os.path.lexists(text) else os.path.expanduser(text)), len(missing)
-        try:
-            root, files = _files_of(path, unreadable) if text else (path, [])
-        except OSError as error:  # it, or a folder above it, may not be looked at
-            unreadable(error)
-            continue
+        root, files = _files_of(path, unreadable) if text else (path, [])
         if root.resolve() in out.parents:
             files = [file for file in files if path == file or out not in file.resolve().parents]
         elif root.resolve() == out and files != [path]:
@@ -79,7 +76,7 @@ def find_images(
             seen.add(identity)
             found.setdefault(Path(os.path.abspath(file)), Path(name.name) if ".." in name.parts else name)
         if not files and len(missing) == num_missing:
-            missing.append(f"{text}: no such image")
+            missing[text] = "no such image"
     results = set()
     if suffix and beside:
         name_of_result = re.compile(rf"(.+){re.escape(suffix)}(_\d+)?")
@@ -89,40 +86,51 @@ def find_images(
             if match and found[file].with_name(match[1]) in names:
                 results.add(file)
     images = {file: name for file, name in found.items() if file not in results}
-    return images, list(dict.fromkeys(missing)), results, others - found.keys()
+    return images, missing, results, others - found.keys()
 
 
 def _files_of(path: Path, unreadable: Callable[[OSError], None]) -> tuple[Path, list[Path]]:
     """What an input stands for: the folder below which its files have their names, and these."""
-    if path.is_dir():
+    if os.path.isdir(path):
         return path, images_below(path, unreadable)
-    if path.is_file():
+    if _is_file(path, unreadable):
         return path.parent, [path]
     root = Path(re.split(r"[^/\\]*[*?[]", str(path), maxsplit=1)[0])
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    files = [file for match in matches for file in (images_below(match, unreadable) if match.is_dir() else [match])]
-    return root, [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+    files = []
+    for match in matches:
+        files += images_below(match, unreadable) if os.path.isdir(match) else _images_of([match], unreadable)
+    return root, files
 
 
-def images_below(folder: Path, unreadable: Callable[[OSError], None] | None = None) -> list[Path]:
+def images_below(folder: Path, unreadable: Callable[[OSError], None]) -> list[Path]:
     r"""
     The images in a folder and its subfolders, but for what is hidden, in the order of names.
 
     Args:
         folder (`Path`): The folder.
-        unreadable (`Callable[[OSError], None]`, *optional*):
-            Told of what cannot be read, which is left out.
+        unreadable (`Callable[[OSError], None]`): Told of what cannot be read, which is left out.
     """
     images = []
     for parent, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in (Path(parent, name) for name in names if not name.startswith(".")):
-            try:
-                images += [file] if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file() else []
-            except OSError as error:  # of a folder whose names may be read, but not what they stand for
-                if unreadable is not None:
-                    unreadable(error)
+        images += _images_of([Path(parent, name) for name in names if not name.startswith(".")], unreadable)
     return sorted(images)
+
+
+def _images_of(paths: list[Path], unreadable: Callable[[OSError], None]) -> list[Path]:
+    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and _is_file(path, unreadable)]
+
+
+def _is_file(path: Path, unreadable: Callable[[OSError], None]) -> bool:
+    """Whether it is a file, or a link to one."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:  # such as in a folder whose names may be read, but not what they stand for
+        unreadable(error)
+        return False
 
 
 def plan_outputs(

@@ -73,7 +73,7 @@ def degrade_folder(
         overwrite (`bool`, defaults to `False`): Whether to replace the set that `out` holds.
         progress (`bool`, defaults to `False`): Whether to show a progress bar.
         on_image (`Callable`, *optional*): Called with each HR file when it is done; also with what was wrong with it
-            where it had to be left out.
+            where it, or a folder of such files, had to be left out.
 
     Returns:
         `dict[str, dict]`: For each image, by its name in both folders, what `settings.json` says.
@@ -111,8 +111,8 @@ def degrade_folder(
     images = {}
     work.mkdir(parents=True)
     try:
-        for problem in missing if sources and on_image is not None else ():
-            on_image(hr, problem)
+        for path, problem in missing.items() if sources and on_image is not None else ():
+            on_image(Path(path), problem)
         targets = plan_outputs(sources, work, "png").items()
         for source, target in tqdm(targets, unit="image", disable=None if progress else True):
             name = target.relative_to(work)
@@ -169,11 +169,12 @@ def replace_entries(folder: Path, new: Path):
     done = []
     try:
         for source, target in moves:
-            os.replace(source, target)
             done.append((source, target))
+            os.replace(source, target)
     except BaseException:
         for source, target in reversed(done):
-            os.replace(target, source)
+            if target.exists() and not source.exists():
+                os.replace(target, source)
         old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)

@@ -46,8 +46,14 @@ def find_named(folder: Path, argument: str) -> dict[str, Path]:
     """
     if not folder.is_dir():
         raise ValueError(f"`{argument}` has to be a folder of images, but {folder} is none.")
+
+    def refuse(error: OSError):
+        raise ValueError(
+            f"`{argument}` has to be a folder of images, but {error.filename} in it cannot be read ({error.strerror})."
+        )
+
     named, twice = {}, []
-    for path in images_below(folder):
+    for path in images_below(folder, refuse):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in named:
             twice.append(name)

@@ -107,6 +107,7 @@ class Checkpoints:
         """
         for checkpoint in self.list():
             if int(checkpoint.name.rpartition("-")[2]) > iteration:
+                logger.warning(f"{checkpoint} is of a course that was left, and is removed.")
                 shutil.rmtree(checkpoint)
 
     def find(self, name: str) -> Path | None:
