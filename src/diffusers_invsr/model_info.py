@@ -57,7 +57,7 @@ def tile_memory(pipe: InvSRPipeline, tile_size: int) -> int:
     r"""
     Bytes that one tile takes beside the weights, found by sending its shape (no numbers) through the networks.
 
-    What kernels take for themselves is not in it, so that the truth is somewhat above.
+    What kernels take for themselves is not in it: on a CPU with the embedded model the truth is up to twice as much.
 
     Args:
         pipe ([`InvSRPipeline`]): The pipeline. Its networks are on the device "meta" afterwards, without weights.
@@ -128,5 +128,5 @@ def describe_model(pipe: InvSRPipeline, folder: Path) -> dict[str, str]:
         if files
         else "not a folder here",
         "memory, weights": f"{num_bytes / 1e6:,.0f} MB in {dtype} (in float16: 2 bytes a parameter)",
-        "memory, one tile": f"about {tile_memory(pipe, sides[-1]) / 1e6:,.0f} MB ({sides[-1]} to {size} pixels)",
+        "memory, one tile": f"at least {tile_memory(pipe, sides[-1]) / 1e6:,.0f} MB ({sides[-1]} to {size} pixels)",
     }

@@ -100,7 +100,8 @@ def degrade_folder(
         raise ValueError(f"`hr` has to be a folder of images, but {hr} is none.")
     if out.exists() and not (out.is_dir() and not names_in(out)) and not (overwrite and is_test_set(out)):
         raise FileExistsError(
-            f"`out` has to be a new folder, or a test set to replace with `overwrite`, but {out} exists."
+            f"`out` has to be a new or empty folder, or a test set to replace with `overwrite`, but {out} exists"
+            f"{' and is no test set' if overwrite else ''}."
         )
     if hr.resolve().is_relative_to(out):
         raise ValueError(f"`out` has to be outside of what it replaces, but {out} holds `hr` ({hr}).")
@@ -130,7 +131,10 @@ def degrade_folder(
             if on_image is not None:
                 on_image(source, problem)
         if not images:
-            raise ValueError(f"`hr` has to have images that can be degraded, but {hr} has none.")
+            raise ValueError(
+                f"`hr` has to have images that can be read, of {size or degradation.min_size} pixels a side or more,"
+                f" but {hr} has none."
+            )
         description = {
             "setting": setting,
             "scale": scale,
