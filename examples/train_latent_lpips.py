@@ -38,8 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import HfArgumentParser
 
 from diffusers_invsr import TINY
-from diffusers_invsr.files import write_atomically
-from diffusers_invsr.training.checkpoints import save_atomically
+from diffusers_invsr.files import save_atomically, write_atomically
 from diffusers_invsr.training.latent_lpips import LatentLPIPS
 
 

@@ -41,10 +41,10 @@ from procedural import make_image
 from simple_degradation import SCALE, degrade
 
 from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler
+from diffusers_invsr.files import save_atomically
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
 from diffusers_invsr.tiling import enlarge
 from diffusers_invsr.training import one_step_estimate
-from diffusers_invsr.training.checkpoints import save_atomically
 
 
 STAGES = ("pool", "autoencoder", "prior", "predictor", "assemble")

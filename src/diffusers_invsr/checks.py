@@ -14,6 +14,12 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def check_positive(name: str, value: Any):
+    """Raises a ValueError for an argument that is no integer of 1 or more."""
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"`{name}` has to be a positive integer, but is {value!r}.")
+
+
 def is_real(value: Any) -> bool:
     """Whether a value is a finite real number, of Python or NumPy, and no truth value."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

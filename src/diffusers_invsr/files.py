@@ -1,4 +1,4 @@
-"""Text files that are whole or not there, and what identifies a network."""
+"""Files that are whole or not there, and what identifies a network."""
 
 import hashlib
 import json
@@ -12,6 +12,13 @@ def write_atomically(file: Path, text: str):
     """Write a text file so that an interruption leaves the old content or the new one."""
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # for names of files that are no UTF-8
+    os.replace(temporary, file)
+
+
+def save_atomically(obj: dict, file: Path):
+    """Save for `torch.load` so that an interruption leaves the old file or the new one, never half of one."""
+    temporary = file.with_suffix(".tmp")
+    torch.save(obj, temporary)
     os.replace(temporary, file)
 
 

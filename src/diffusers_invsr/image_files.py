@@ -20,6 +20,8 @@ FORMATS = {
 }
 # The longest side that a format can hold, in pixels.
 MAX_SIDES = {"JPEG": 65500, "WEBP": 16383}
+# With what names begin until a file or folder is finished.
+TEMPORARY_PREFIX = ".diffusers-invsr-"
 # The longest file name on usual file systems, and the longest EXIF data in a JPEG.
 MAX_NAME_BYTES = 255
 MAX_JPEG_EXIF_BYTES = 65533
@@ -281,7 +283,7 @@ def save_image(image: Image.Image, path: Path, source: Image.Image) -> str:
             options = {**options, "exif": exif}
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".diffusers-invsr-{uuid4().hex}.tmp")
+    temporary = path.with_name(temporary_name())
     try:
         with open(temporary, "wb") as file:
             image.save(file, format=name, **options)
@@ -289,6 +291,11 @@ def save_image(image: Image.Image, path: Path, source: Image.Image) -> str:
     finally:
         temporary.unlink(missing_ok=True)
     return note
+
+
+def temporary_name() -> str:
+    """A name for what is not finished: hidden, and no other's."""
+    return f"{TEMPORARY_PREFIX}{uuid4().hex}.tmp"
 
 
 def _with_size(data: bytes, size: tuple[int, int]) -> bytes:

@@ -23,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .checks import is_auto, is_integer, is_real
+from .checks import check_positive, is_auto, is_integer, is_real
 from .color_fix import COLOR_FIXES, apply_color_fix
 from .devices import dtype_of
 from .fallbacks import Float32Mixin, enlarge_within_memory, smaller_tiles_within_memory
@@ -104,9 +104,9 @@ class InvSRPipeline(
         model_card: dict[str, Any] | None = None,
     ):
         super().__init__()
-        for name, value in (("scale", scale), ("tile_size", tile_size)):
-            if not (is_integer(value) and value > 0) and (name, value) != ("tile_size", None):
-                raise ValueError(f"`{name}` has to be a positive integer, but is {value!r}.")
+        check_positive("scale", scale)
+        if tile_size is not None:
+            check_positive("tile_size", tile_size)
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,
@@ -219,9 +219,8 @@ class InvSRPipeline(
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: list[str],
     ):
-        for name, value in (("num_steps", num_steps), ("tile_batch_size", tile_batch_size)):
-            if not is_integer(value) or value < 1:
-                raise ValueError(f"`{name}` has to be a positive integer, but is {value!r}.")
+        check_positive("num_steps", num_steps)
+        check_positive("tile_batch_size", tile_batch_size)
         if scale is not None and target_size is not None:
             raise ValueError(f"`scale={scale}` and `target_size={target_size}` cannot both be given.")
         if scale is not None and not (is_real(scale) and MIN_SCALE <= scale <= MAX_SCALE):
@@ -507,12 +506,12 @@ class InvSRPipeline(
         for run, grid in runs:
             size = run.stop - run.start if isinstance(generator, torch.Generator) else 1
             for first, (top, left) in product(range(run.start, run.stop, size), grid):
-                images = range(first, first + size)
-                lr, enlarged = grid.cut(top, left, slice(first - run.start, first - run.start + size))
-                sources = [generator[i] for i in images] if isinstance(generator, (list, tuple)) else generator
-                noise = self.prepare_noise(size, *lr.shape[-2:], num_maps, sources, device)
-                for i, image in enumerate(images):
-                    part = slice(i, i + 1)
+                in_run = first - run.start
+                lr, enlarged = grid.cut(top, left, slice(in_run, in_run + size))
+                source = generator[first] if isinstance(generator, (list, tuple)) else generator
+                noise = self.prepare_noise(size, *lr.shape[-2:], num_maps, source, device)
+                for i in range(size):
+                    image, part = first + i, slice(i, i + 1)
                     yield Tile(
                         lr[part],
                         None if enlarged is None else enlarged[part],

@@ -283,13 +283,16 @@ class TileGrid:
         """Rows `start` to `stop` of one of the images, enlarged to the target size by antialiased bicubic
         interpolation: `(1, 3, stop - start, target width)`, not clamped.
         """
-        pixels = self.pixels[image : image + 1]
+        rows = self._enlarging_weights(start, stop, -2)
+        return resample(self.pixels[image : image + 1], rows, self._enlarging_columns)
 
-        def weights(first: int, stop: int, dim: int) -> list[tuple[slice, torch.Tensor]]:
-            positions = (torch.arange(first, stop, dtype=torch.float64, device="cpu") + 0.5) * self.steps[dim] - 0.5
-            return cubic_weights(positions, pixels.shape[dim], a=-0.5, truncate=True)
+    @cached_property
+    def _enlarging_columns(self) -> list[tuple[slice, torch.Tensor]]:
+        return self._enlarging_weights(0, self.target_size[1], -1)
 
-        return resample(pixels, weights(start, stop, -2), weights(0, self.target_size[1], -1))
+    def _enlarging_weights(self, start: int, stop: int, dim: int) -> list[tuple[slice, torch.Tensor]]:
+        positions = (torch.arange(start, stop, dtype=torch.float64, device="cpu") + 0.5) * self.steps[dim] - 0.5
+        return cubic_weights(positions, self.pixels.shape[dim], a=-0.5, truncate=True)
 
 
 class TileBlender:

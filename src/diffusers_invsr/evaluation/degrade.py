@@ -10,7 +10,6 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -19,13 +18,12 @@ from tqdm import tqdm
 
 from ..checks import is_integer
 from ..files import write_atomically
-from ..image_files import find_images, plan_outputs, save_image
+from ..image_files import TEMPORARY_PREFIX, find_images, plan_outputs, save_image, temporary_name
 from .pairs import read_rgb
 
 
 SETTINGS_FILE = "settings.json"
 LR_FOLDER, HR_FOLDER = "lq", "gt"
-WORK_PREFIX = ".diffusers-invsr-"
 VERSIONS = ("diffusers-invsr", "torch", "kornia", "pillow")
 
 
@@ -108,12 +106,13 @@ def degrade_folder(
     sources, missing, *_ = find_images([str(hr)], out)
 
     # Inside of a folder that exists already: it may be another disk
-    work = (out if out.exists() else out.parent) / f"{WORK_PREFIX}{uuid4().hex}.tmp"
+    work = (out if out.exists() else out.parent) / temporary_name()
     images = {}
     work.mkdir(parents=True)
     try:
-        for path, problem in missing.items() if sources and on_image is not None else ():
-            on_image(Path(path), problem)
+        if sources and on_image is not None:
+            for path, problem in missing.items():
+                on_image(Path(path), problem)
         targets = plan_outputs(sources, work, "png").items()
         for source, target in tqdm(targets, unit="image", disable=None if progress else True):
             name = target.relative_to(work)
@@ -161,7 +160,7 @@ def is_test_set(folder: Path) -> bool:
 
 def names_in(folder: Path) -> set[str]:
     """What a folder holds, but for what was left by a kill."""
-    return {path.name for path in folder.iterdir() if not path.name.startswith(WORK_PREFIX)}
+    return {path.name for path in folder.iterdir() if not path.name.startswith(TEMPORARY_PREFIX)}
 
 
 def replace_entries(folder: Path, new: Path):

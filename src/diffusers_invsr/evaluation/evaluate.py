@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..checks import is_integer
+from ..checks import check_positive, is_integer
 from ..files import file_digest, module_fingerprint
 from ..image_files import MAX_NAME_BYTES, save_image
 from ..scheduling_invsr import check_timesteps
@@ -167,8 +167,8 @@ def evaluate(
         raise ValueError("Either `pipe` or `results` has to be given, not both.")
     if pipe is not None and lq is None:
         raise ValueError("`lq` has to be given for `pipe` to enlarge.")
-    if limit is not None and (not is_integer(limit) or limit < 1):
-        raise ValueError(f"`limit` has to be a positive integer, but is {limit!r}.")
+    if limit is not None:
+        check_positive("limit", limit)
     if pipe is not None:
         sampling.check(pipe)
     schedules = [check_timesteps(list(schedule)) for schedule in schedules]

@@ -11,6 +11,7 @@ from pathlib import Path
 from ..files import write_atomically
 from ..tables import markdown_table
 from .metrics import METRICS
+from .records import TABLE_FILES
 
 
 @dataclass
@@ -147,9 +148,9 @@ class Evaluation:
 
     def save(self, out: Path):
         """Write `results.json`, `results.csv` and `results.md`."""
-        write_atomically(out / "results.json", json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-        write_atomically(out / "results.csv", self.to_csv())
-        write_atomically(out / "results.md", self.to_markdown())
+        tables = (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", self.to_csv(), self.to_markdown())
+        for name, text in zip(TABLE_FILES, tables, strict=True):
+            write_atomically(out / name, text)
 
 
 class Footnotes:

@@ -1,13 +1,11 @@
 """Checkpoints that are complete or do not exist, and are found again after any interruption."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
@@ -18,13 +16,6 @@ from ..files import file_digest
 logger = get_logger(__name__)
 
 MANIFEST = "manifest.json"
-
-
-def save_atomically(obj: dict, file: Path):
-    """Save for `torch.load` so that an interruption leaves the old file or the new one, never half of one."""
-    temporary = file.with_suffix(".tmp")
-    torch.save(obj, temporary)
-    os.replace(temporary, file)
 
 
 def damage(checkpoint: Path) -> str | None:
