@@ -5,19 +5,15 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from helpers import FIXTURES
 from safetensors.torch import load_file
 
 from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler
-
-
-FIXTURES = Path(__file__).parent / "fixtures"
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def pytest_configure(config: pytest.Config):

@@ -105,7 +105,7 @@ def load_pipeline(
     from transformers.utils.logging import disable_progress_bar as disable_transformers_progress_bar
 
     from . import TINY, InvSRPipeline, keep_freed_memory
-    from .conversion import FetchError
+    from .checkpoint_files import FetchError
     from .conversion import convert as convert_to_pipeline
 
     disable_progress_bar()

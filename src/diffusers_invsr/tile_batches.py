@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .tiling import enlarge
+from .resampling import enlarge
 
 
 @dataclass

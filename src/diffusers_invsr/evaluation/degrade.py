@@ -81,7 +81,7 @@ def degrade_folder(
         FileExistsError: If `out` exists and is not empty, unless it is a set and `overwrite` is set.
         ValueError: If an argument is out of range or no image could be degraded; nothing is written then.
     """
-    from ..training.degradation import Degradation, DegradationSettings, EvaluationDegradationSettings
+    from ..degradation import Degradation, DegradationSettings, EvaluationDegradationSettings
 
     kinds = {"test": EvaluationDegradationSettings, "training": DegradationSettings}
     if setting not in kinds:

@@ -1,8 +1,8 @@
-"""The parts of training (section 3 of the paper); `examples/train_invsr.py` puts them together."""
+"""The parts of training (section 3 of the paper); `examples/training/train_invsr.py` puts them together."""
 
+from ..degradation import Degradation, DegradationSettings, EvaluationDegradationSettings
 from .checkpoints import Checkpoints
 from .data import CropDataset, CropStream, SkipReport, make_dataset, make_loader
-from .degradation import Degradation, DegradationSettings, EvaluationDegradationSettings
 from .discriminator import InvSRDiscriminator, InvSRDiscriminatorOutput
 from .latent_cache import LatentCache, vae_fingerprint
 from .latent_lpips import LatentLPIPS, load_latent_lpips

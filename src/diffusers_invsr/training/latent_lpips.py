@@ -9,7 +9,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..conversion import CHECKPOINT_SUFFIXES, check_state_dict, find_checkpoint, read_checkpoint
+from ..checkpoint_files import CHECKPOINT_SUFFIXES, check_state_dict, find_checkpoint, read_checkpoint
 
 
 CONVOLUTIONS = (2, 2, 3, 3, 3)  # of VGG16's five levels

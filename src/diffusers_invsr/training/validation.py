@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from ..degradation import Degradation, EvaluationDegradationSettings
 from ..image_files import read_image
 from ..image_processor import InvSRImageProcessor
 from ..metrics import load_lpips, psnr_y, ssim_y
 from ..pipeline_invsr import InvSRPipeline
-from .degradation import Degradation, EvaluationDegradationSettings
 
 
 logger = logging.getLogger(__name__)

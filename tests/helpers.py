@@ -1,0 +1,24 @@
+"""What tests of several folders share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+FIXTURES = ROOT / "tests" / "fixtures"
+TILES = {"tile_size": 16, "tile_overlap": 4, "num_steps": 2, "eta": 1.0}
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def photo(height: int = 32, width: int = 32, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """Smooth colours `(batch, 3, height, width)` in [0, 1]."""
+    noise = torch.rand(batch, 3, height // 8 + 2, width // 8 + 2, generator=generator(seed))
+    return F.interpolate(noise, size=(height, width), mode="bicubic").clamp(0, 1)
