@@ -88,4 +88,4 @@ def on_the_cpu(monkeypatch):
 @pytest.fixture
 def warnings(caplog):
     """Texts of the warnings so far."""
-    return lambda: [record.getMessage() for record in caplog.records if "fallbacks" in record.name]
+    return lambda: [record.getMessage() for record in caplog.records if "tile_by_tile" in record.name]

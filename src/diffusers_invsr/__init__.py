@@ -8,7 +8,8 @@ import diffusers
 from .conversion import convert, load_noise_predictor
 from .devices import auto_dtype, keep_freed_memory
 from .noise_predictor import InvSRNoisePredictor, InvSRNoisePredictorOutput
-from .pipeline_invsr import InvSRPipeline, InvSRPipelineOutput
+from .pipeline_invsr import InvSRPipeline
+from .pipeline_output import InvSRPipelineOutput
 from .prompt_embeds import InvSRPromptEmbeds
 from .scheduling_invsr import InvSRScheduler
 

@@ -86,7 +86,7 @@ def read_checkpoint(file: str | os.PathLike) -> dict[str, torch.Tensor]:
     if not isinstance(state_dict, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
     ):
-        raise ValueError(f"{str(file)!r} has to hold named tensors, directly or under `state_dict`, but does not.")
+        raise ValueError(f"{str(file)!r} must hold named tensors, directly or under `state_dict`.")
 
     def plain(key: str) -> str:
         while key.startswith(KEY_PREFIXES):

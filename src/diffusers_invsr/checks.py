@@ -1,4 +1,4 @@
-"""What counts as a number in an argument, and as a lack of memory in an error."""
+"""What counts as a number in an argument, and as too little memory in an error."""
 
 import math
 import numbers
@@ -15,9 +15,9 @@ def is_integer(value: Any) -> bool:
 
 
 def check_positive(name: str, value: Any):
-    """Raises a ValueError for an argument that is no integer of 1 or more."""
+    """Raises a ValueError unless an argument is an integer of 1 or more."""
     if not is_integer(value) or value < 1:
-        raise ValueError(f"`{name}` has to be a positive integer, but is {value!r}.")
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
 
 
 def is_real(value: Any) -> bool:

@@ -36,7 +36,7 @@ PUBLISHED_MODEL_CARD = {
 def check_dtype(dtype: torch.dtype | None):
     """Raises a ValueError for what is neither `None` nor a floating-point type of PyTorch."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"`dtype` has to be a floating-point type such as `torch.float16`, but is {dtype!r}.")
+        raise ValueError(f"`dtype` must be a floating-point type such as `torch.float16`, got {dtype!r}.")
 
 
 def load_noise_predictor(
@@ -71,7 +71,7 @@ def load_noise_predictor(
     name = f"{PUBLISHED_REPO}/{PUBLISHED_FILE}" if str(source) == PUBLISHED_REPO else str(source)
     if Path(name).suffix not in CHECKPOINT_SUFFIXES:
         if os.path.isfile(name):
-            raise ValueError(f"`source={name!r}` has to be a folder or a {', '.join(CHECKPOINT_SUFFIXES)} file.")
+            raise ValueError(f"`source` must be a folder or a {', '.join(CHECKPOINT_SUFFIXES)} file, got {name!r}.")
         if config is not None:
             raise ValueError(f"`config` cannot be given with `source={name!r}`, which has a configuration of its own.")
         try:
@@ -82,7 +82,7 @@ def load_noise_predictor(
             if os.path.isdir(name):
                 raise
             raise FetchError(name, error) from error
-        if loaded["missing_keys"]:  # diffusers goes on with what memory held
+        if loaded["missing_keys"]:  # which diffusers leaves as memory held them
             keys = sorted(loaded["missing_keys"])
             raise ValueError(f"`source={name!r}` lacks {len(keys)} of its tensors ({', '.join(keys[:3])}, ...).")
         return model
@@ -94,7 +94,7 @@ def load_noise_predictor(
         except ValueError:
             config = None
         if not isinstance(config, dict):
-            raise ValueError(f"`config={str(config_file)!r}` has to be a file with a JSON object, but is not.")
+            raise ValueError(f"`config` must be a file with a JSON object, got {str(config_file)!r}.")
     with torch.device("meta"):
         model = InvSRNoisePredictor.from_config({"model_card": PUBLISHED_MODEL_CARD, **(config or {})})
     file = find_checkpoint(name, token, revision)

@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,11 +21,24 @@ def dtype_of(network: ModelMixin) -> torch.dtype:
     """
     first = next(module for module in network.modules() if module._parameters)
     # What changes with a conversion, and with casting by layers
-    sign = (next(iter(first._parameters.values())).dtype, hasattr(first, "_diffusers_hook"))
+    state = (next(iter(first._parameters.values())).dtype, hasattr(first, "_diffusers_hook"))
     known = _DTYPES.get(network)
-    if known is None or known[0] != sign:
-        known = _DTYPES[network] = (sign, network.dtype)
+    if known is None or known[0] != state:
+        known = _DTYPES[network] = (state, network.dtype)
     return known[1]
+
+
+@contextmanager
+def in_float32(*networks: ModelMixin) -> Iterator[None]:
+    """Run networks in float32 until the end of the block; afterwards they have their own number types again."""
+    dtypes = [network.dtype for network in networks]
+    try:
+        for network in networks:
+            torch.nn.Module.to(network, torch.float32)  # diffusers' own warns of what it may lose
+        yield
+    finally:
+        for network, dtype in zip(networks, dtypes):
+            torch.nn.Module.to(network, dtype)
 
 
 def auto_dtype(device: torch.device | str) -> torch.dtype:
@@ -47,7 +62,7 @@ def keep_freed_memory() -> bool:
     r"""
     Have the C library keep the memory of tensors on the CPU for the next ones, until the process ends. Otherwise it
     returns large pieces to the system at once, and fetching them anew, page by page, takes time wherever activations
-    are large. What this saves and how much memory is held is measured in the README ("Memory"). It has no effect
+    are large. What this saves and how much memory it holds is in `examples/benchmarks/README.md`. It has no effect
     in threads other than the main one; processes that are forked keep their memory, too.
 
     Returns:

@@ -53,7 +53,7 @@ class InvSRImageProcessor:
         items = image if isinstance(image, (list, tuple)) else [image]
         images = [parsed for item in items for parsed in self._read(item)]
         if not images:
-            raise ValueError("`image` has to hold at least one image, but is empty.")
+            raise ValueError("`image` must hold at least one image, got an empty list.")
         return images
 
     def _read(self, image) -> list[InputImage]:
@@ -68,17 +68,15 @@ class InvSRImageProcessor:
             pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
             pixels = np.moveaxis(pixels, -3, -1) if pixels.ndim > 2 else pixels
         else:
-            raise TypeError(f"`image` has to be a PIL image, an array, a tensor or a list of them, not {type(image)}.")
+            raise TypeError(f"`image` must be a PIL image, an array, a tensor or a list of them, got {type(image)}.")
         if pixels.ndim not in layouts:
-            raise ValueError(
-                f"`image` has to have a shape {' or '.join(layouts.values())}, but has {tuple(image.shape)}."
-            )
+            raise ValueError(f"`image` must have a shape {' or '.join(layouts.values())}, got {tuple(image.shape)}.")
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         pixels = pixels[None] if pixels.ndim == 3 else pixels
         if pixels.shape[-1] not in (1, 2, 3, 4):
             raise ValueError(
-                f"`image` has to have 1, 2, 3 or 4 channels in the layout {layouts[image.ndim]},"
-                f" but its shape is {tuple(image.shape)}."
+                f"`image` must have 1, 2, 3 or 4 channels in the layout {layouts[image.ndim]}, got"
+                f" {tuple(image.shape)}."
             )
         return [self._split_channels(array) for array in pixels]
 
@@ -89,8 +87,8 @@ class InvSRImageProcessor:
             values = np.array(image)
             if values.min() < 0 or values.max() > 65535:  # mode I has 32 bits, but holds what was read from 16
                 raise ValueError(
-                    f"`image` of mode {image.mode!r} has to have values in 0 ... 65535, but has"
-                    f" {values.min()} ... {values.max()}."
+                    f"`image` of mode {image.mode!r} must have values from 0 to 65535, got"
+                    f" {values.min()} to {values.max()}."
                 )
             channels = [values]
             if "transparency" in image.info:
@@ -121,10 +119,10 @@ class InvSRImageProcessor:
     @staticmethod
     def _check_size(height: int, width: int):
         if height == 0 or width == 0:
-            raise ValueError(f"`image` has to have pixels, but is {height}x{width} (height x width).")
+            raise ValueError(f"`image` must have pixels, got {height}x{width} (height x width).")
         if height == 1 or width == 1:
             raise ValueError(
-                f"`image` has to be at least 2 pixels high and wide, but is {height}x{width} (height x width)."
+                f"`image` must be at least 2 pixels high and wide, got {height}x{width} (height x width)."
             )
 
     @staticmethod
@@ -137,19 +135,17 @@ class InvSRImageProcessor:
         if np.issubdtype(pixels.dtype, np.integer):
             if pixels.dtype.itemsize > 2:  # whose range no image fills
                 raise ValueError(
-                    f"`image` of integers has to have 8 or 16 bits, such as uint8 or uint16, but has {pixels.dtype}."
+                    f"`image` of integers must have 8 or 16 bits, such as uint8 or uint16, got {pixels.dtype}."
                 )
             if pixels.min() < 0:
-                raise ValueError(f"`image` of integers has to have no negative values, but has {pixels.min()}.")
+                raise ValueError(f"`image` of integers must have no negative values, got {pixels.min()}.")
             return (pixels / np.iinfo(pixels.dtype).max).astype(np.float32)
         if not np.issubdtype(pixels.dtype, np.floating):
-            raise ValueError(f"`image` has to hold integers or floats, but holds {pixels.dtype}.")
+            raise ValueError(f"`image` must hold integers or floats, got {pixels.dtype}.")
         if not np.isfinite(pixels).all():
-            raise ValueError("`image` has to hold finite values, but has NaN or infinity.")
+            raise ValueError("`image` must hold finite values, got NaN or infinity.")
         if pixels.min() < -ROUNDING or pixels.max() > 1 + ROUNDING:
-            raise ValueError(
-                f"`image` of floats has to have values in [0, 1], but has {pixels.min()} ... {pixels.max()}."
-            )
+            raise ValueError(f"`image` of floats must have values in [0, 1], got {pixels.min()} to {pixels.max()}.")
         pixels = pixels.astype(np.float32)
         return np.clip(pixels, 0, 1, out=pixels)
 

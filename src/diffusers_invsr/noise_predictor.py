@@ -34,6 +34,11 @@ class InvSRNoisePredictorOutput(BaseOutput):
     moments: torch.Tensor | None = None
 
 
+def draw(dist: DiagonalGaussianDistribution, noise: torch.Tensor) -> torch.Tensor:
+    """`mean + exp(logvar / 2) * noise`, in float32 whatever the network's number type."""
+    return dist.mean.float() + torch.exp(0.5 * dist.logvar.float()) * noise
+
+
 class NoiseEncoder(nn.Module):
     """Time-conditioned encoder with the module names of the published checkpoint. Arguments as in the predictor."""
 
@@ -106,7 +111,7 @@ class InvSRNoisePredictor(HubMixin, ModelMixin, AttentionMixin, ConfigMixin):
     prediction", section 3.2 of the [InvSR paper](https://arxiv.org/abs/2412.09013)).
 
     One network serves all starting steps through its time embedding. It works at LR resolution and returns the map at
-    latent resolution: with `n` levels it reduces the resolution by `2 ** (n - 1)`, which has to be the VAE's spatial
+    latent resolution: with `n` levels it reduces the resolution by `2 ** (n - 1)`, which must be the VAE's spatial
     factor over the scale factor (8 / 4 = 2 for the published weights, hence two levels).
 
     The defaults are the published network (33.84 M parameters); keys and argument names are those of the published
@@ -167,8 +172,8 @@ class InvSRNoisePredictor(HubMixin, ModelMixin, AttentionMixin, ConfigMixin):
             layers_per_block = (layers_per_block,) * len(block_out_channels)
         if not len(down_block_types) == len(block_out_channels) == len(layers_per_block):
             raise ValueError(
-                "`down_block_types`, `block_out_channels` and `layers_per_block` need one entry for each level, but"
-                f" have {len(down_block_types)}, {len(block_out_channels)} and {len(layers_per_block)}."
+                "`down_block_types`, `block_out_channels` and `layers_per_block` need one entry per level, got"
+                f" {len(down_block_types)}, {len(block_out_channels)} and {len(layers_per_block)}."
             )
 
         self.encoder = NoiseEncoder(
@@ -194,13 +199,14 @@ class InvSRNoisePredictor(HubMixin, ModelMixin, AttentionMixin, ConfigMixin):
         Args:
             sample (`torch.Tensor`): LR images of shape `(batch, in_channels, height, width)`, in [-1, 1].
             timestep (`torch.Tensor` or `int`):
-                Schedule *index* of the starting step (199 for the paper's step 200): one for all images or one an
+                Schedule *index* of the starting step (199 for the paper's step 200): one for all images, or one per
                 image, of shape `(batch,)`.
             return_dict (`bool`, defaults to `True`):
                 Whether to return an [`InvSRNoisePredictorOutput`] instead of a tuple.
 
         Returns:
-            [`InvSRNoisePredictorOutput`] or a tuple with its `latent_dist`.
+            [`InvSRNoisePredictorOutput`] or a tuple with its `latent_dist`: the distribution of the noise map, of
+            shape `(batch, latent_channels, height // r, width // r)` with `r = 2 ** (levels - 1)`.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         moments = self.encoder(sample, timestep)

@@ -43,7 +43,7 @@ def published_schedule(num_steps: int) -> list[int]:
         ValueError: If `num_steps` is not from 1 to 250.
     """
     if not is_integer(num_steps) or not 1 <= num_steps <= MAX_TIMESTEP:
-        raise ValueError(f"`num_steps` has to be an integer from 1 to {MAX_TIMESTEP}, but is {num_steps!r}.")
+        raise ValueError(f"`num_steps` must be an integer from 1 to {MAX_TIMESTEP}, got {num_steps!r}.")
     if num_steps in PUBLISHED_SCHEDULES:
         return list(PUBLISHED_SCHEDULES[num_steps])
     return [MAX_TIMESTEP * (num_steps - i) // num_steps for i in range(num_steps)]
@@ -68,7 +68,7 @@ def starting_schedule(num_steps: int, start_timestep: int) -> list[int]:
         ValueError: If the start is not one of the four, or if there are not `num_steps` integers to choose from.
     """
     if not is_integer(start_timestep) or start_timestep not in START_TIMESTEPS:
-        raise ValueError(f"`start_timestep` has to be one of {START_TIMESTEPS}, but is {start_timestep!r}.")
+        raise ValueError(f"`start_timestep` must be one of {START_TIMESTEPS}, got {start_timestep!r}.")
     published = published_schedule(num_steps)
     if published[0] == start_timestep:
         return published
@@ -78,8 +78,7 @@ def starting_schedule(num_steps: int, start_timestep: int) -> list[int]:
     candidates = grid if num_steps <= len(grid) else list(range(start_timestep, grid[-1] - 1, -1))
     if num_steps > len(candidates):
         raise ValueError(
-            f"`num_steps` has to be at most {len(candidates)} with `start_timestep={start_timestep}`,"
-            f" but is {num_steps}."
+            f"`num_steps` must be at most {len(candidates)} with `start_timestep={start_timestep}`, got {num_steps}."
         )
     last = len(candidates) - 1
     return [candidates[round(i * last / (num_steps - 1))] for i in range(num_steps)]
@@ -101,12 +100,12 @@ def check_timesteps(timesteps: Sequence[int], num_steps: int | None = None) -> l
     """
     steps = timesteps.tolist() if isinstance(timesteps, (np.ndarray, torch.Tensor)) else timesteps
     if not isinstance(steps, (list, tuple, range)) or not steps or not all(is_integer(step) for step in steps):
-        raise ValueError(f"`timesteps` has to be a list of one or more integers, but is {timesteps!r}.")
+        raise ValueError(f"`timesteps` must be a list of one or more integers, got {timesteps!r}.")
     steps = [int(step) for step in steps]
     if not all(1 <= step <= MAX_TIMESTEP for step in steps):
-        raise ValueError(f"`timesteps` have to be in 1 ... {MAX_TIMESTEP} (counted as in the paper), but are {steps}.")
+        raise ValueError(f"`timesteps` must be from 1 to {MAX_TIMESTEP} (counted as in the paper), got {steps}.")
     if any(later >= earlier for earlier, later in zip(steps, steps[1:])):
-        raise ValueError(f"`timesteps` have to descend strictly, but are {steps}.")
+        raise ValueError(f"`timesteps` must descend strictly, got {steps}.")
     if num_steps is not None and num_steps != len(steps):
         raise ValueError(f"`num_steps={num_steps}` contradicts `timesteps={steps}`, which has {len(steps)} steps.")
     return steps
@@ -237,18 +236,20 @@ class InvSRScheduler(DDIMScheduler):
         One DDIM step, from `timestep` to the next one of the schedule and from the last one to the clean sample.
 
         Args:
-            model_output (`torch.Tensor`): What the UNet predicted.
+            model_output (`torch.Tensor`): What the UNet predicted, `(batch, channels, height, width)`.
             timestep (`int`): Schedule index, one of `timesteps`.
-            sample (`torch.Tensor`): Noisy latents at `timestep`.
+            sample (`torch.Tensor`): Noisy latents at `timestep`, of the same shape.
             eta (`float`, defaults to 0.0): 0 is deterministic DDIM, 1 has the variance of DDPM.
             use_clipped_model_output (`bool`, defaults to `False`):
                 Whether to derive the noise anew from the clipped clean sample.
             generator (`torch.Generator`, *optional*): Source of the noise if `eta > 0`.
-            variance_noise (`torch.Tensor`, *optional*): That noise itself, instead of a generator.
+            variance_noise (`torch.Tensor`, *optional*):
+                That noise itself instead of a generator: standard Gaussian, of the same shape.
             return_dict (`bool`, defaults to `True`): Whether to return a `DDIMSchedulerOutput` instead of a tuple.
 
         Returns:
-            `DDIMSchedulerOutput` or a tuple with its `prev_sample` and `pred_original_sample`.
+            `DDIMSchedulerOutput` or a tuple with its `prev_sample` and `pred_original_sample`, each
+            `(batch, channels, height, width)`.
 
         Raises:
             ValueError: If no schedule was set, `timestep` is not in it, or both sources of noise are given.
@@ -257,9 +258,7 @@ class InvSRScheduler(DDIMScheduler):
             raise ValueError("The scheduler has no schedule yet: call `set_timesteps` first.")
         timestep = int(timestep)
         if timestep not in self._alpha_prods:
-            raise ValueError(
-                f"`timestep` has to be an index of the schedule {self.timesteps.tolist()}, but is {timestep}."
-            )
+            raise ValueError(f"`timestep` must be an index of the schedule {self.timesteps.tolist()}, got {timestep}.")
         if generator is not None and variance_noise is not None:
             raise ValueError("`generator` and `variance_noise` cannot both be given.")
 
@@ -278,7 +277,7 @@ class InvSRScheduler(DDIMScheduler):
             pred_epsilon = sqrt_alpha * model_output + sqrt_beta * sample
         else:
             raise ValueError(
-                "`prediction_type` has to be 'epsilon', 'sample' or 'v_prediction', but is"
+                "`prediction_type` must be 'epsilon', 'sample' or 'v_prediction', got"
                 f" {self.config['prediction_type']!r}."
             )
 

@@ -1,11 +1,29 @@
-"""Tiles of all images on their way through the networks: pooled into batches, sent to the device, fetched, blended."""
+"""Tiles of all images on their way through the networks: put into batches, sent to the device, fetched, blended."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
+from .checks import OUT_OF_MEMORY
 from .resampling import enlarge
+from .tiling import TileBlender
+
+
+class TileMemoryError(torch.OutOfMemoryError):
+    """A single tile, of `side` LR pixels at most, does not fit into memory; smaller ones may."""
+
+    def __init__(self, message: str, side: int):
+        super().__init__(message)
+        self.side = side
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU, had too little memory."""
+    # accelerate leaves out errors of CUDA's own allocations and of CPUs on Windows, and knows others besides
+    return should_reduce_batch_size(error) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 @dataclass
@@ -14,44 +32,58 @@ class Tile:
     One tile of one image.
 
     Args:
+        image (`int`): Number of the image in the call.
+        top (`int`), left (`int`): Corner of the tile in the padded image, in LR pixels.
         lr (`torch.Tensor`): What the noise predictor sees, `(1, 3, h, w)` in [0, 1], on the CPU.
         enlarged (`torch.Tensor`, *optional*): What the VAE sees; `None` where it is the enlargement of `lr`.
         noise (`torch.Tensor`): From [`~InvSRPipeline.prepare_noise`], `(maps, 1, channels, height, width)`.
-        image (`int`): Number of the image in the call.
-        blend (`Callable`): Takes the result `(1, channels, height, width)`; returns whether the image is complete.
     """
 
+    image: int
+    top: int
+    left: int
     lr: torch.Tensor
     enlarged: torch.Tensor | None
     noise: torch.Tensor
-    image: int
-    blend: Callable[[torch.Tensor], bool]
 
 
-class TilePool:
+class TileBatches:
     r"""
     Puts tiles of one shape together, whichever image they are of. Iterating gives lists of `batch_size` tiles, and
     what is left over at the end.
 
     Args:
-        tiles (`Iterable[Tile]`): The tiles; they are made when they are needed.
-        batch_size (`int`): Tiles in a list. It may be lowered meanwhile.
+        tiles (`Iterable[Tile]`): The tiles; they are cut when they are needed.
+        batch_size (`int`): Tiles in a list.
+        by_image (`bool`, defaults to `False`): Whether tiles of different images stay apart.
     """
 
-    def __init__(self, tiles: Iterable[Tile], batch_size: int):
-        self.tiles, self.batch_size = tiles, batch_size
+    def __init__(self, tiles: Iterable[Tile], batch_size: int, by_image: bool = False):
+        self.tiles, self.batch_size, self.by_image = tiles, batch_size, by_image
+        self._waiting = {}
 
     def __iter__(self) -> Iterator[list[Tile]]:
-        waiting = {}
         for tile in self.tiles:
-            key = (tile.lr.shape, tile.enlarged is None)
-            waiting.setdefault(key, []).append(tile)
-            if len(waiting[key]) >= self.batch_size:
-                yield waiting.pop(key)
-        for tiles in waiting.values():
-            while tiles:
-                batch, tiles = tiles[: self.batch_size], tiles[self.batch_size :]
-                yield batch
+            waiting = self._waiting_with(tile)
+            waiting.append(tile)
+            while len(waiting) >= self.batch_size:
+                yield self._take(waiting)
+        for waiting in self._waiting.values():
+            while waiting:
+                yield self._take(waiting)
+
+    def put_back(self, tiles: list[Tile]):
+        """Give back a batch that does not fit into memory: it comes again, in halves, and so do all after it."""
+        self._waiting_with(tiles[0])[:0] = tiles
+        self.batch_size = len(tiles) // 2
+
+    def _waiting_with(self, tile: Tile) -> list[Tile]:
+        key = (tile.lr.shape, tile.enlarged is None, tile.image if self.by_image else None)
+        return self._waiting.setdefault(key, [])
+
+    def _take(self, waiting: list[Tile]) -> list[Tile]:
+        batch, waiting[:] = waiting[: self.batch_size], waiting[self.batch_size :]
+        return batch
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -62,7 +94,8 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def collate(tiles: list[Tile], scale: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """LR images, enlarged images and noise of tiles of one shape, as batches on the device."""
+    """LR images `(B, 3, h, w)`, enlarged images `(B, 3, H, W)` and noise `(maps, B, channels, height, width)` of tiles
+    of one shape, on the device."""
     lr = to_device(torch.cat([tile.lr for tile in tiles]), device)
     if tiles[0].enlarged is None:
         enlarged = enlarge(lr, scale)
@@ -74,8 +107,8 @@ def collate(tiles: list[Tile], scale: int, device: torch.device) -> tuple[torch.
     return lr, enlarged, noise
 
 
-def select(embeds: torch.Tensor | None, tiles: list[Tile]) -> torch.Tensor | None:
-    """Embeddings `(tiles, tokens, width)` of tiles' images, from those of all images or of each; copies, as callbacks
+def embeds_of(tiles: list[Tile], embeds: torch.Tensor | None) -> torch.Tensor | None:
+    """Embeddings `(B, tokens, width)` of the tiles' images, from those of all images or of each; copies, as callbacks
     may change them."""
     if embeds is None:
         return None
@@ -85,47 +118,60 @@ def select(embeds: torch.Tensor | None, tiles: list[Tile]) -> torch.Tensor | Non
     return torch.cat([embeds[tile.image : tile.image + 1] for tile in tiles])
 
 
-class TileResults:
+def fetch_results(batches: Iterable[tuple[list[Tile], torch.Tensor]]) -> Iterator[tuple[Tile, torch.Tensor, bool]]:
     r"""
-    Fetches results without waiting for the device, and while it computes the next ones, blends them and hands on the
-    images that are complete.
+    Fetch results one batch late, so that the device computes the next batch meanwhile.
 
     Args:
-        redo (`Callable`): Computes a tile again whose result is not finite.
-        on_complete (`Callable`): Takes the number of an image whose tiles are all blended.
+        batches (`Iterable`): Tiles, and their results `(B, channels, height, width)` on the device.
+
+    Yields:
+        `tuple[Tile, torch.Tensor, bool]`: Each tile, its result `(1, channels, height, width)` on the CPU, and whether
+        that is finite.
     """
-
-    def __init__(self, redo: Callable[[Tile], torch.Tensor], on_complete: Callable[[int], None]):
-        self.redo, self.on_complete = redo, on_complete
-        self._on_the_way = None
-
-    def put(self, tiles: list[Tile], results: torch.Tensor):
-        """Start fetching `results` `(tiles, channels, height, width)`, and blend those that were put before."""
-        # NaN and infinity survive in a sum, which takes one pass
-        finite = results.sum(dim=(1, 2, 3), dtype=torch.float32).isfinite()
-        event, fetched = None, (results, finite)
-        if results.device.type == "cuda":
-            host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in fetched]
-            for target, tensor in zip(host, fetched):
-                target.copy_(tensor, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(results.device))
-        else:
-            host = [tensor.cpu() for tensor in fetched]
-        before, self._on_the_way = self._on_the_way, (tiles, *host, event)
-        self._blend(before)
-
-    def flush(self):
-        """Blend what is still on its way."""
-        before, self._on_the_way = self._on_the_way, None
-        self._blend(before)
-
-    def _blend(self, fetched: tuple | None):
-        if fetched is None:
-            return
-        tiles, results, finite, event = fetched
+    on_the_way = None
+    for batch in chain(batches, [None]):
+        arrived, on_the_way = on_the_way, None if batch is None else _start_fetching(*batch)
+        del batch  # or else memory holds its results until there are the next ones
+        if arrived is None:
+            continue
+        tiles, results, finite, event = arrived
         if event is not None:
             event.synchronize()
-        for tile, result, is_finite in zip(tiles, results.split(1), finite.tolist()):
-            if tile.blend(result if is_finite else self.redo(tile).cpu()):
-                self.on_complete(tile.image)
+        yield from zip(tiles, results.split(1), finite.tolist())
+
+
+def _start_fetching(tiles: list[Tile], results: torch.Tensor) -> tuple:
+    # NaN and infinity survive in a sum, which takes one pass
+    finite = results.sum(dim=(1, 2, 3), dtype=torch.float32).isfinite()
+    if results.device.type != "cuda":
+        return tiles, results.cpu(), finite.cpu(), None
+    host = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in (results, finite)]
+    for target, tensor in zip(host, (results, finite)):
+        target.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(results.device))
+    return tiles, *host, event
+
+
+def blend(
+    results: Iterable[tuple[Tile, torch.Tensor]], blenders: dict[int, TileBlender]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    r"""
+    Blend results, and hand on each image as soon as its last tile is blended.
+
+    Args:
+        results (`Iterable`): Tiles and their results `(1, channels, height, width)`.
+        blenders (`dict[int, TileBlender]`): That of each image; they are taken out with their images.
+
+    Yields:
+        `tuple[int, torch.Tensor]`: Number of an image and its pixels or latents `(1, channels, height, width)`. Last
+        come those of which tiles are missing, after an interruption.
+    """
+    for tile, result in results:
+        blenders[tile.image].add(result, tile.top, tile.left)
+        if blenders[tile.image].tiles_left == 0:
+            yield tile.image, blenders.pop(tile.image).sum
+    while blenders:
+        number = min(blenders)
+        yield number, blenders.pop(number).sum

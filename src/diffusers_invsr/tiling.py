@@ -175,8 +175,7 @@ class TileGrid:
         size = tuple(pixels.shape[-2:])
         self.native = target_size == (size[0] * scale, size[1] * scale)
         overlap, window = choose_overlap_and_window(tile_size, tile_overlap, window)
-        # Source pixels a target pixel
-        self.steps = tuple(length / target for length, target in zip(size, target_size))
+        self.source_per_target = tuple(length / target for length, target in zip(size, target_size))
         lengths = [-(-length // scale) for length in target_size]
         sides = [tile_size, tile_size]
         if fit and tile_size is not None and window != "gaussian":
@@ -206,8 +205,10 @@ class TileGrid:
 
     def _resample(self, pixels: torch.Tensor, top: int, left: int, pixels_per_lr: int) -> torch.Tensor:
         weights = []
-        for axis, start, step, length in zip((self.rows, self.columns), (top, left), self.steps, pixels.shape[-2:]):
-            source_per_lr = self.scale * step
+        for axis, start, ratio, length in zip(
+            (self.rows, self.columns), (top, left), self.source_per_target, pixels.shape[-2:]
+        ):
+            source_per_lr = self.scale * ratio
             positions = (axis.positions(start, pixels_per_lr) + 0.5) * source_per_lr - 0.5
             stretch = max(source_per_lr / pixels_per_lr, 1.0)
             weights.append(cubic_weights(positions, length, a=-0.5 if stretch > 1 else -0.75, stretch=stretch))
@@ -225,40 +226,42 @@ class TileGrid:
         return self._enlarging_weights(0, self.target_size[1], -1)
 
     def _enlarging_weights(self, start: int, stop: int, dim: int) -> list[tuple[slice, torch.Tensor]]:
-        positions = (torch.arange(start, stop, dtype=torch.float64, device="cpu") + 0.5) * self.steps[dim] - 0.5
+        positions = (torch.arange(start, stop, dtype=torch.float64, device="cpu") + 0.5) * self.source_per_target[
+            dim
+        ] - 0.5
         return cubic_weights(positions, self.pixels.shape[dim], a=-0.5, truncate=True)
 
 
 class TileBlender:
     r"""
-    Weighted sum of tile results on the CPU in float32. Each tile's weights are normalised beforehand, so the sum is
-    finished as soon as the last tile is added. It takes no memory before the first one is.
+    Weighted sum of an image's tiles on the CPU in float32. Each tile's weights are normalised beforehand, so the sum
+    is finished as soon as the last tile is added. It takes no memory before the first one is.
 
     Args:
         grid ([`TileGrid`]): The tiles.
-        shape (`tuple[int, int]`): Batch size and channels of the results.
+        channels (`int`): Channels of the results.
         pixels_per_lr (`float`):
-            Result pixels an LR pixel: the scale factor for images, that over the VAE's for latents.
+            Result pixels per LR pixel: the scale factor for images, that over the VAE's for latents.
         crop (`bool`): Whether the padding is cut off.
     """
 
-    def __init__(self, grid: TileGrid, shape: tuple[int, int], pixels_per_lr: float, crop: bool = True):
+    def __init__(self, grid: TileGrid, channels: int, pixels_per_lr: float, crop: bool = True):
         self.pixels_per_lr = pixels_per_lr
         self.axes = (grid.rows, grid.columns)
         # Along an axis of one tile they are 1
         self.weights = [axis.weights(pixels_per_lr) if len(axis.starts) > 1 else None for axis in self.axes]
         self.fronts = [int(axis.front * pixels_per_lr) if crop else 0 for axis in self.axes]
         size = grid.target_size if crop else [int(axis.padded_length * pixels_per_lr) for axis in self.axes]
-        self.size = (*shape, *size)
-        self.missing = len(grid)  # tiles
+        self.size = (1, channels, *size)
+        self.tiles_left = len(grid)
 
     @cached_property
     def sum(self) -> torch.Tensor:
-        """The blended images `(batch, channels, height, width)`; 0 where no tile was added yet."""
+        """The blended image `(1, channels, height, width)`; 0 where no tile was added yet."""
         return torch.zeros(self.size, dtype=torch.float32, device="cpu")
 
-    def add(self, tile: torch.Tensor, top: int, left: int) -> bool:
-        """Add the result `(batch, channels, height, width)` of the tile at a corner; whether it was the last one."""
+    def add(self, tile: torch.Tensor, top: int, left: int):
+        """Add the result `(1, channels, height, width)` of the tile at a corner."""
         region, tile = self.sum, tile.to("cpu", torch.float32)
         for start, weights, front, dim in zip((top, left), self.weights, self.fronts, (-2, -1)):
             offset = int(start * self.pixels_per_lr) - front
@@ -267,5 +270,4 @@ class TileBlender:
             if weights is not None:
                 tile = tile * weights[start][first:stop].reshape(-1, *[1] * (-1 - dim))
         region += tile
-        self.missing -= 1
-        return self.missing == 0
+        self.tiles_left -= 1

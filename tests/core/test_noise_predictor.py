@@ -99,5 +99,5 @@ def test_compiles_without_graph_breaks():
 
 
 def test_wrong_number_of_levels_is_refused():
-    with pytest.raises(ValueError, match="one entry for each level, but have 2, 1 and 1"):
+    with pytest.raises(ValueError, match="one entry per level, got 2, 1 and 1"):
         InvSRNoisePredictor(block_out_channels=(32,), layers_per_block=1)

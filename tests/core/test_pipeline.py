@@ -1,4 +1,6 @@
 import inspect
+from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -202,10 +204,10 @@ def test_blended_tiles_stay_in_the_range(pipe, window):
     before = bias.detach().clone()
     with torch.no_grad():
         bias.add_(100)  # white everywhere
-        result = pipe(photo(40, 72), tile_size=16, tile_window=window)
+        result = pipe(photo(16, 40), tile_size=16, tile_window=window)
         bias.copy_(before)
     assert result.max() == 1 and result.min() > 1 - 1e-6
-    assert pipe(result, tile_size=16).shape == (1, 3, 640, 1152)  # an input like any other
+    assert pipe(result[..., :24, :24], tile_size=16).shape == (1, 3, 96, 96)  # an input like any other
 
 
 def test_return_dict(reference_pipe, prompt_embeds):
@@ -283,6 +285,41 @@ def test_interrupted_images_come_all_and_in_order(pipe, color_fix):
         assert second[..., 64:].abs().max() == 0 and third.abs().max() == 0
 
 
+def test_an_interruption_from_elsewhere_ends_all_running_calls(pipe):
+    """As by a button of a user interface, in a thread of its own."""
+    calls = []
+
+    def callback(pipeline, step, timestep, kwargs):
+        calls.append(step)
+        thread = Thread(target=setattr, args=(pipeline, "_interrupt", True))
+        thread.start()
+        thread.join()
+        return {}
+
+    pipe(photo(), num_steps=3, tile_size=16, callback_on_step_end=callback)
+    assert calls == [0] and not pipe.pipeline.interrupt
+
+
+def test_calls_in_threads_do_not_disturb_one_another(pipe):
+    """Each has the schedule, the guidance and the interruption that it asked for."""
+
+    def interrupt(pipeline, step, timestep, kwargs):
+        pipe.pipeline._interrupt = True
+        return {}
+
+    cases = [
+        {"num_steps": 3, "tile_size": 16},
+        {"num_steps": 2, "guidance_scale": 2.5},
+        {"start_timestep": 100, "callback_on_step_end": interrupt, "tile_size": 16},
+        {"num_steps": 5, "eta": 1.0, "callback_on_step_end": SDCFGCutoffCallback(0.2), "guidance_scale": 3.0},
+    ]
+    expected = [pipe(photo(), **case) for case in cases]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        results = list(pool.map(lambda case: pipe(photo(), **case), cases * 4))
+    for result, alone in zip(results, expected * 4, strict=True):
+        assert torch.equal(result, alone)
+
+
 def test_progress_bar_counts_steps_times_tiles(pipe, capsys):
     pipe.pipeline.set_progress_bar_config(disable=False)
     pipe(photo(), num_steps=2, tile_size=16, tile_overlap=0, tile_batch_size=3)
@@ -302,56 +339,56 @@ def test_no_component_is_changed_by_a_call(pipe):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"num_steps": 0}, "`num_steps` has to be a positive integer, but is 0"),
-        ({"num_steps": 2.5}, "`num_steps` has to be a positive integer, but is 2.5"),
-        ({"num_steps": True}, "`num_steps` has to be a positive integer, but is True"),
-        ({"num_steps": 300}, "from 1 to 250, but is 300"),
+        ({"num_steps": 0}, "`num_steps` must be a positive integer, got 0"),
+        ({"num_steps": 2.5}, "`num_steps` must be a positive integer, got 2.5"),
+        ({"num_steps": True}, "`num_steps` must be a positive integer, got True"),
+        ({"num_steps": 300}, "from 1 to 250, got 300"),
         ({"num_steps": 3, "timesteps": [200, 100]}, "contradicts"),
         ({"timesteps": [100, 200]}, "descend"),
-        ({"timesteps": 200}, "`timesteps` has to be a list of one or more integers, but is 200"),
-        ({"timesteps": "200"}, "`timesteps` has to be a list of one or more integers, but is '200'"),
-        ({"timesteps": [float("nan")]}, "`timesteps` has to be a list of one or more integers"),
-        ({"start_timestep": "200"}, "`start_timestep` has to be one of .* but is '200'"),
-        ({"start_timestep": 300}, "`start_timestep` has to be one of"),
-        ({"scale": 0.5}, "`scale` has to be from 1 to 8, but is 0.5"),
-        ({"scale": 9}, "`scale` has to be from 1 to 8, but is 9"),
-        ({"scale": "2"}, "`scale` has to be from 1 to 8, but is '2'"),
-        ({"target_size": 64}, r"`target_size` has to be \(height, width\) in pixels, but is 64"),
-        ({"target_size": (float("inf"), 64)}, r"`target_size` has to be \(height, width\)"),
-        ({"scale": float("nan")}, "`scale` has to be from 1 to 8, but is nan"),
-        ({"scale": 2, "target_size": (64, 64)}, "cannot both be given"),
+        ({"timesteps": 200}, "`timesteps` must be a list of one or more integers, got 200"),
+        ({"timesteps": "200"}, "`timesteps` must be a list of one or more integers, got '200'"),
+        ({"timesteps": [float("nan")]}, "`timesteps` must be a list of one or more integers"),
+        ({"start_timestep": "200"}, "`start_timestep` must be one of .* got '200'"),
+        ({"start_timestep": 300}, "`start_timestep` must be one of"),
+        ({"scale": 0.5}, "`scale` must be between 1 and 8, got 0.5"),
+        ({"scale": 9}, "`scale` must be between 1 and 8, got 9"),
+        ({"scale": "2"}, "`scale` must be between 1 and 8, got '2'"),
+        ({"target_size": 64}, r"`target_size` must be \(height, width\) in pixels, got 64"),
+        ({"target_size": (float("inf"), 64)}, r"`target_size` must be \(height, width\)"),
+        ({"scale": float("nan")}, "`scale` must be between 1 and 8, got nan"),
+        ({"scale": 2, "target_size": (64, 64)}, "either `scale` or `target_size`, got 2 and"),
         ({"target_size": (16, 64)}, "1 to 8 times"),
         ({"target_size": (64, 300)}, "1 to 8 times"),
         ({"target_size": (64,)}, r"\(height, width\)"),
-        ({"eta": None}, "`eta` has to be from 0 to 1, but is None"),
-        ({"guidance_scale": float("nan")}, "`guidance_scale` has to be a finite number, but is nan"),
-        ({"eta": 1.5}, "`eta` has to be from 0 to 1, but is 1.5"),
-        ({"tile_size": 30}, "positive multiple of 4, 'auto' or None, but is 30"),
-        ({"tile_size": 0}, "positive multiple of 4, 'auto' or None, but is 0"),
-        ({"tile_size": "foo"}, "positive multiple of 4, 'auto' or None, but is 'foo'"),
-        ({"tile_size": 32, "tile_overlap": 32}, "`tile_overlap` has to be from 0 to less than"),
+        ({"eta": None}, "`eta` must be between 0 and 1, got None"),
+        ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number, got nan"),
+        ({"eta": 1.5}, "`eta` must be between 0 and 1, got 1.5"),
+        ({"tile_size": 30}, "positive multiple of 4, 'auto' or None, got 30"),
+        ({"tile_size": 0}, "positive multiple of 4, 'auto' or None, got 0"),
+        ({"tile_size": "foo"}, "positive multiple of 4, 'auto' or None, got 'foo'"),
+        ({"tile_size": 32, "tile_overlap": 32}, "`tile_overlap` must be at least 0 and less than"),
         (
             {"tile_window": "hann"},
-            r"`tile_window` has to be None or one of \('gaussian', 'raised_cosine'\), but is 'hann'",
+            r"`tile_window` must be None or one of \('gaussian', 'raised_cosine'\), got 'hann'",
         ),
-        ({"tile_batch_size": 0}, "`tile_batch_size` has to be a positive integer"),
-        ({"color_fix": "lab"}, "`color_fix` has to be None or one of"),
-        ({"output_type": "jpg"}, "`output_type` has to be"),
-        ({"color_fix": "wavelet", "output_type": "latent"}, "cannot be applied with `output_type='latent'`"),
-        ({"generator": 5}, "`generator` has to be a torch.Generator or one for each image, but is 5"),
-        ({"callback_on_step_end": 3}, "`callback_on_step_end` has to be callable, but is 3"),
-        ({"generator": [generator()] * 2}, "2 generators for 1 images"),
-        ({"prompt": "sharp"}, "`prompt` and `prompt_embeds` cannot both be given"),
-        ({"prompt": "sharp", "prompt_embeds": None}, "no text encoder"),
-        ({"prompt_embeds": None}, "`prompt_embeds` has to be given"),
-        ({"negative_prompt_embeds": None, "guidance_scale": 2.0}, "`negative_prompt_embeds` has to be given"),
-        ({"prompt_embeds": torch.zeros(3, 77, 32)}, r"shape \(1 or 1, tokens, 32\), but its shape is \(3, 77, 32\)"),
-        ({"prompt_embeds": torch.zeros(1, 77, 16)}, r"but its shape is \(1, 77, 16\)"),
-        ({"negative_prompt_embeds": torch.zeros(1, 76, 32), "guidance_scale": 2.0}, "has to have 77 tokens"),
-        ({"start_timestep": 250.0}, "`start_timestep` has to be one of"),
+        ({"tile_batch_size": 0}, "`tile_batch_size` must be a positive integer"),
+        ({"color_fix": "lab"}, "`color_fix` must be None or one of"),
+        ({"output_type": "jpg"}, "`output_type` must be one of"),
+        ({"color_fix": "wavelet", "output_type": "latent"}, "cannot be used with `output_type='latent'`"),
+        ({"generator": 5}, "`generator` must be a torch.Generator or one per image, got 5"),
+        ({"callback_on_step_end": 3}, "`callback_on_step_end` must be callable, got 3"),
+        ({"generator": [generator()] * 2}, "one per image, 1, got 2"),
+        ({"prompt": "sharp"}, "either `prompt` or `prompt_embeds`"),
+        ({"prompt": "sharp", "prompt_embeds": None}, "needs a text encoder"),
+        ({"prompt_embeds": None}, "`prompt_embeds` is required"),
+        ({"negative_prompt_embeds": None, "guidance_scale": 2.0}, "`negative_prompt_embeds` is required"),
+        ({"prompt_embeds": torch.zeros(3, 77, 32)}, r"shape \(1 or 1, tokens, 32\), got \(3, 77, 32\)"),
+        ({"prompt_embeds": torch.zeros(1, 77, 16)}, r"got \(1, 77, 16\)"),
+        ({"negative_prompt_embeds": torch.zeros(1, 76, 32), "guidance_scale": 2.0}, "must have 77 tokens"),
+        ({"start_timestep": 250.0}, "`start_timestep` must be one of"),
         (
             {"tile_size": 16, "tile_overlap": 3, "output_type": "latent"},
-            "`tile_overlap` has to be a multiple of 2 with `output_type='latent'`, but is 3",
+            "`tile_overlap` must be a multiple of 2 with `output_type='latent'`, got 3",
         ),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs"),
     ],
@@ -425,7 +462,7 @@ def test_embeddings_that_a_callback_returns_count(pipe):
 
 def test_scheduler_of_another_kind_is_refused(pipe):
     pipe.pipeline.register_modules(scheduler=DDIMScheduler.from_config(pipe.pipeline.scheduler.config))
-    with pytest.raises(ValueError, match="`scheduler` has to be an InvSRScheduler, but is a DDIMScheduler"):
+    with pytest.raises(ValueError, match="`scheduler` must be an InvSRScheduler, got DDIMScheduler"):
         pipe(photo())
 
 
@@ -440,14 +477,14 @@ def test_untrained_start_is_allowed_with_a_warning(pipe, caplog):
 
 def test_mismatched_noise_predictor_is_refused(pipe):
     pipe.pipeline.register_to_config(scale=2)
-    with pytest.raises(ValueError, match="reduces its input by 2, but .* need 4"):
+    with pytest.raises(ValueError, match="must reduce its input by 4 .* got 2"):
         pipe(photo())
 
 
 def test_noise_predictor_for_other_latents_is_refused(pipe, cases):
     predictor = InvSRNoisePredictor(**{**cases["noise_predictor"], "latent_channels": 16})
     pipe.pipeline.register_modules(noise_predictor=predictor)
-    with pytest.raises(ValueError, match="noise of 16 channels, but the latents of `vae` have 4"):
+    with pytest.raises(ValueError, match="noise of 4 channels, .* got 16"):
         pipe(photo())
 
 
@@ -463,11 +500,17 @@ def test_images_of_one_size_come_one_after_another(pipe, monkeypatch, shared):
     assert len(order) == 9 and changes == (8 if shared else 2)
 
 
-def test_steps_can_be_called_alone(pipe):
-    pipeline = pipe.pipeline
-    pipeline.scheduler.set_timesteps(1)
-    embeds = torch.zeros(1, 3, pipeline.unet.config.cross_attention_dim)
-    assert pipeline.denoise(torch.zeros(1, 4, 8, 8), torch.zeros(2, 1, 4, 8, 8), 0.0, embeds, None).isfinite().all()
+def test_steps_can_be_called_alone(pipe, prompt_embeds):
+    """With plain tensors, and together they are a call."""
+    pipeline, image = pipe.pipeline, photo(16, 16)
+    pipeline.scheduler.set_timesteps(3)
+    prompt_embeds, negative_prompt_embeds = prompt_embeds.values()
+    noise = pipeline.prepare_noise(1, 16, 16, 4, generator(), torch.device("cpu"))
+    enlarged = F.interpolate(image, scale_factor=4, mode="bicubic")
+    latents = pipeline.prepare_latents(image, enlarged, pipeline.scheduler.timesteps[:1], noise)
+    latents = pipeline.denoise(latents, prompt_embeds, negative_prompt_embeds, noise[2:], guidance_scale=2.0, eta=0.5)
+    expected = pipe(image, num_steps=3, guidance_scale=2.0, eta=0.5)
+    torch.testing.assert_close(pipeline.decode_image(latents), expected, atol=1e-4, rtol=0)
 
 
 def test_tiles_of_different_images_are_pooled(pipe):

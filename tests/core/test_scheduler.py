@@ -54,11 +54,11 @@ def test_start_timestep(num_steps, start, expected):
 
 
 @pytest.mark.parametrize("start", [250, 200, 150, 100])
-@pytest.mark.parametrize("num_steps", range(1, 52))
-def test_any_start_descends_strictly(start, num_steps):
-    schedule = steps(num_inference_steps=num_steps, start_timestep=start)
-    assert schedule[0] == start and len(schedule) == num_steps
-    assert all(later < earlier for earlier, later in zip(schedule, schedule[1:])) and schedule[-1] >= 1
+def test_any_start_descends_strictly(start):
+    for num_steps in range(1, 52):
+        schedule = steps(num_inference_steps=num_steps, start_timestep=start)
+        assert schedule[0] == start and len(schedule) == num_steps
+        assert all(later < earlier for earlier, later in zip(schedule, schedule[1:])) and schedule[-1] >= 1
 
 
 def test_timesteps_by_hand():
@@ -69,17 +69,17 @@ def test_timesteps_by_hand():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"num_inference_steps": 0}, "from 1 to 250, but is 0"),
-        ({"num_inference_steps": 0, "start_timestep": 200}, "from 1 to 250, but is 0"),
-        ({"num_inference_steps": "3"}, "from 1 to 250, but is '3'"),
-        ({"num_inference_steps": 251}, "from 1 to 250, but is 251"),
-        ({"num_inference_steps": 1, "start_timestep": 300}, "one of .250, 200, 150, 100., but is 300"),
-        ({"num_inference_steps": 1, "start_timestep": 220}, "one of .250, 200, 150, 100., but is 220"),
+        ({"num_inference_steps": 0}, "from 1 to 250, got 0"),
+        ({"num_inference_steps": 0, "start_timestep": 200}, "from 1 to 250, got 0"),
+        ({"num_inference_steps": "3"}, "from 1 to 250, got '3'"),
+        ({"num_inference_steps": 251}, "from 1 to 250, got 251"),
+        ({"num_inference_steps": 1, "start_timestep": 300}, "one of .250, 200, 150, 100., got 300"),
+        ({"num_inference_steps": 1, "start_timestep": 220}, "one of .250, 200, 150, 100., got 220"),
         ({"num_inference_steps": 52, "start_timestep": 100}, "at most 51"),
         ({"timesteps": []}, "list of one or more integers"),
         ({"timesteps": [150.5]}, "list of one or more integers"),
-        ({"timesteps": [251]}, "1 ... 250"),
-        ({"timesteps": [100, 0]}, "1 ... 250"),
+        ({"timesteps": [251]}, "from 1 to 250"),
+        ({"timesteps": [100, 0]}, "from 1 to 250"),
         ({"timesteps": [100, 100]}, "descend"),
         ({"timesteps": [100, 200]}, "descend"),
         ({"timesteps": [200, 100], "num_inference_steps": 3}, "contradicts"),
@@ -156,7 +156,7 @@ def test_step_needs_a_schedule_that_holds_the_timestep():
     with pytest.raises(ValueError, match="call `set_timesteps` first"):
         scheduler.step(sample, 199, sample)
     scheduler.set_timesteps(1)
-    with pytest.raises(ValueError, match=r"index of the schedule \[199\], but is 200"):
+    with pytest.raises(ValueError, match=r"index of the schedule \[199\], got 200"):
         scheduler.step(sample, 200, sample)
 
 

@@ -359,7 +359,7 @@ def test_planted_seams_are_found(tiny, axis, overlap, window):
     """Tiles of another brightness, alone or under noise that no line is in."""
     rng = np.random.default_rng(0)
     grid = measure_seams.Enlarger(tiny, Image.new("RGB", (72, 72)), seed=0).grid(32, overlap, window)
-    blender = TileBlender(grid, (1, 3), 4)
+    blender = TileBlender(grid, 3, 4)
     for corner in grid:
         blender.add(torch.full((1, 3, 128, 128), 20.0 * ((corner[axis] > 0) + (corner[axis] > 24))), *corner)
     planted = blender.sum[0].permute(1, 2, 0).double().numpy()
