@@ -68,7 +68,7 @@ def test_invalid_scale(folder, model, scale):
     index = json.loads(Path("model/model_index.json").read_text()) | {"scale": scale}
     Path("model/model_index.json").write_text(json.dumps(index))
     output = run_command("upscale", "a.png", "-o", "out", "--model", "model", status=1)
-    assert f"`scale` has to be a positive integer, but is {scale!r}" in output
+    assert "`scale`" in output and repr(scale) in output
 
 
 def test_components_that_do_not_fit(folder, model):

@@ -110,7 +110,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="NAME|all",
-            help="psnr_y, ssim_y, gradient_ratio, lpips (the default with --gt), dists, niqe, clipiqa, musiq, maniqa,"
+            help="psnr_y, ssim_y, gradient_ratio, lpips (these by default with --gt), dists, niqe, clipiqa, musiq, maniqa,"
             " fid; separate by commas or repeat.",
         ),
     ] = None,
