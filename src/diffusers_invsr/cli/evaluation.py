@@ -110,8 +110,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="NAME|all",
-            help="psnr_y, ssim_y, gradient_ratio, lpips (these by default with --gt), dists, niqe, clipiqa, musiq, maniqa,"
-            " fid; separate by commas or repeat.",
+            help="psnr_y, ssim_y, gradient_ratio, lpips (these by default with --gt), dists, niqe, clipiqa, musiq,"
+            " maniqa, fid; separate by commas or repeat.",
         ),
     ] = None,
     crop_border: Annotated[int, typer.Option(min=0, help="Border in pixels that PSNR and SSIM exclude.")] = 0,
