@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from typer.testing import CliRunner
 
 
 ROOT = Path(__file__).parents[1]
@@ -22,3 +23,18 @@ def photo(height: int = 32, width: int = 32, batch: int = 1, seed: int = 0) -> t
     """Smooth colours `(batch, 3, height, width)` in [0, 1]."""
     noise = torch.rand(batch, 3, height // 8 + 2, width // 8 + 2, generator=generator(seed))
     return F.interpolate(noise, size=(height, width), mode="bicubic").clamp(0, 1)
+
+
+def run_command(*arguments, status: int = 0) -> str:
+    """The output of a command of `diffusers-invsr`, run in this process, which must exit with the given status."""
+    from diffusers_invsr.cli import app  # here: other helpers are used without the package too
+
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == status, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result.output
+
+
+def files_below(folder: str | Path) -> list[str]:
+    """All files below a folder, hidden ones too."""
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())

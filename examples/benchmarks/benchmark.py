@@ -53,7 +53,7 @@ from PIL import Image, ImageChops, ImageOps
 from tqdm import tqdm
 
 from diffusers_invsr import TINY, InvSRPipeline, keep_freed_memory
-from diffusers_invsr.cli_models import describe
+from diffusers_invsr.cli.common import error_message
 from diffusers_invsr.metrics import psnr
 from diffusers_invsr.sd_turbo import build_pipeline
 
@@ -136,7 +136,7 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
         arguments.device = torch.device(arguments.device)
         torch.ones(1, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {arguments.device} cannot be used: {describe(error)}")
+        parser.error(f"--device {arguments.device} cannot be used: {error_message(error)}")
     if arguments.device.type not in ("cpu", "cuda"):
         parser.error(f"--device has to be cpu or cuda, but is {arguments.device}")
     if arguments.keep_memory and arguments.device.type != "cpu":
@@ -162,7 +162,7 @@ def load_model(model: str, width: float | None, device: torch.device) -> InvSRPi
     try:
         return find_model(model, width, device)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"The model cannot be had: {describe(error)}") from error
+        raise SystemExit(f"The model cannot be had: {error_message(error)}") from error
 
 
 def find_model(model: str, width: float | None, device: torch.device) -> InvSRPipeline:
@@ -247,7 +247,7 @@ def measure(
             measured, output = prepare(runner, run, warmup, device)
         except (ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
             name = runner.variant.name
-            raise SystemExit(f"{workload}: the variant {name!r} cannot run: {describe(error)}") from error
+            raise SystemExit(f"{workload}: the variant {name!r} cannot run: {error_message(error)}") from error
         reference = output if reference is None else reference
         measured.psnr = psnr(output, reference)
         results.append(measured)

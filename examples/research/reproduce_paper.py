@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffusers_invsr.cli_models import choose_device, load_pipeline
+from diffusers_invsr.cli.common import choose_device, load_pipeline
 from diffusers_invsr.evaluation import METRICS, Evaluation, Sampling, evaluate
 from diffusers_invsr.evaluation.evaluate import schedule_name
 from diffusers_invsr.files import write_atomically

@@ -1,4 +1,4 @@
-"""`python -m diffusers_invsr`: the command line, where its script is not on the path."""
+"""`python -m diffusers_invsr`: the command line, if its script is not on the path."""
 
 from .cli import main
 

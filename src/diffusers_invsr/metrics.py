@@ -1,4 +1,4 @@
-"""How close a result is to the HR image: the measures that the super-resolution literature uses, and LPIPS."""
+"""Measures of how close a result is to the HR image, as in the super-resolution literature, and LPIPS."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,24 +11,24 @@ if TYPE_CHECKING:
 
 
 def luma(image: np.ndarray) -> np.ndarray:
-    """Y of BT.601 in studio range, 16 ... 235, of an 8-bit RGB image `(H, W, 3)`."""
+    """BT.601 luma `(H, W)` in studio range, [16, 235], of an 8-bit RGB image `(H, W, 3)`."""
     return 16 + image.astype(np.float64) @ np.array([65.481, 128.553, 24.966]) / 255
 
 
 def psnr(result: np.ndarray, target: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB for values on a scale of 0 ... 255; infinite for equal images."""
+    """Peak signal-to-noise ratio in dB of arrays with values in [0, 255]; infinite for equal arrays."""
     mse = np.mean((result.astype(np.float64) - target.astype(np.float64)) ** 2)
     return float(10 * np.log10(255**2 / mse)) if mse != 0 else float("inf")
 
 
 def psnr_y(result: np.ndarray, target: np.ndarray) -> float:
-    """PSNR in dB over the luma of 8-bit RGB images `(H, W, 3)`, no border cut off."""
+    """PSNR in dB of the luma of 8-bit RGB images `(H, W, 3)`, borders included."""
     return psnr(luma(result), luma(target))
 
 
 def ssim_y(result: np.ndarray, target: np.ndarray) -> float:
     """
-    SSIM over the luma of 8-bit RGB images `(H, W, 3)`, with the Gaussian window of its paper (sigma 1.5).
+    SSIM of the luma of 8-bit RGB images `(H, W, 3)`, with the Gaussian window of the SSIM paper (sigma 1.5).
 
     Raises:
         ImportError: If scikit-image is not installed.
@@ -48,15 +48,15 @@ def ssim_y(result: np.ndarray, target: np.ndarray) -> float:
 
 
 def gradient_energy(image: np.ndarray) -> float:
-    """Mean absolute difference of horizontally and of vertically neighbouring luma, of an 8-bit RGB image."""
+    """Mean absolute difference of horizontal plus vertical luma neighbours, of an 8-bit RGB image `(H, W, 3)`."""
     y = luma(image)
     return float(np.abs(np.diff(y, axis=0)).mean() + np.abs(np.diff(y, axis=1)).mean())
 
 
 def gradient_ratio(result: np.ndarray, target: np.ndarray) -> float:
     """
-    Gradient energy of a result over that of the HR image, 8-bit RGB `(H, W, 3)`: below 1 it is smoother, above 1 it is
-    sharper or noisier, in the right places or not. NaN for an HR image of one colour.
+    Gradient energy of a result divided by that of the HR image, both 8-bit RGB `(H, W, 3)`. Below 1, the result is
+    smoother; above 1, it is sharper or noisier. NaN if the HR image is uniform.
     """
     energy = gradient_energy(target)
     return gradient_energy(result) / energy if energy > 0 else float("nan")
@@ -64,12 +64,13 @@ def gradient_ratio(result: np.ndarray, target: np.ndarray) -> float:
 
 def load_lpips() -> "torch.nn.Module":
     r"""
-    LPIPS of RGB images `(B, 3, H, W)` in [-1, 1], with VGG16 (https://arxiv.org/abs/1801.03924), version 0.1.
+    Load LPIPS 0.1 with VGG16 (https://arxiv.org/abs/1801.03924), a network of two batches of RGB images `(B, 3, H, W)`
+    in [-1, 1].
 
     Raises:
-        ImportError: If `lpips` or torchvision is not installed, or they do not fit together.
-        OSError: If VGG16's weights are neither in torch's cache nor to be fetched.
-        RuntimeError: If what was fetched is damaged.
+        ImportError: If `lpips` or torchvision is not installed, or their versions are incompatible.
+        OSError: If VGG16's weights are not in torch's cache and cannot be downloaded.
+        RuntimeError: If the downloaded weights are damaged.
     """
     import lpips
     import torch

@@ -1,4 +1,4 @@
-"""Evaluations on real files with the embedded model: tables, resuming, what is refused and what cannot be had."""
+"""Evaluations on real files with the embedded model: tables, resuming, errors and unavailable metrics."""
 
 import csv
 import json
@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import run_command
 from PIL import Image
-from typer.testing import CliRunner
 
 from diffusers_invsr import TINY, InvSRPipeline
-from diffusers_invsr.cli import app
-from diffusers_invsr.evaluation import METRICS, MetricSuite, Sampling, evaluate, save_plot, save_sheets
+from diffusers_invsr.evaluation import METRICS, Evaluator, MetricSuite, Sampling, evaluate, save_plot, save_sheets
 from diffusers_invsr.evaluation.evaluate import pipeline_fingerprint, schedule_name
-from diffusers_invsr.evaluation.metrics import MetricUnavailable
+from diffusers_invsr.evaluation.metric_suite import MetricUnavailable
 from diffusers_invsr.evaluation.pictures import choose_crops
 from diffusers_invsr.metrics import gradient_ratio, psnr_y, ssim_y
 
@@ -63,13 +62,6 @@ def save(image: Image.Image, folder: str, name: str, suffix: str = ".png"):
 
 def pixels(path: str | Path) -> np.ndarray:
     return np.array(Image.open(path))
-
-
-def run(*arguments, status: int = 0) -> str:
-    result = CliRunner().invoke(app, ["evaluate", *(str(argument) for argument in arguments)])
-    assert result.exit_code == status, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
-    return result.output
 
 
 def evaluate_fast(pipe, out="out", gt="gt", **settings):
@@ -146,12 +138,12 @@ def test_equal_images_have_no_number_in_json(folder):
     assert evaluate("out", gt="gt", results="gt", metrics=FAST).runs == evaluation.runs
 
 
-def test_it_goes_on_at_the_image_where_it_was(folder, pipe):
+def test_it_resumes_at_the_image_where_it_was(folder, pipe):
     whole = evaluate_fast(pipe, "whole")
     evaluate_fast(pipe, limit=1)
     first = Path("out/200/images/a.png")
     first_time = first.stat().st_mtime_ns
-    # What a kill leaves: a result without a record, and half a line
+    # What is left if the program is killed: a result without a record, and half a line
     records = Path("out/200/records.jsonl")
     save(Image.open("whole/200/images/b.png"), "out/200/images", "b")
     second_time = Path("out/200/images/b.png").stat().st_mtime_ns
@@ -160,11 +152,11 @@ def test_it_goes_on_at_the_image_where_it_was(folder, pipe):
     resumed = evaluate_fast(pipe)
     assert resumed.runs == whole.runs
     assert first.stat().st_mtime_ns == first_time
-    assert Path("out/200/images/b.png").stat().st_mtime_ns != second_time  # nobody knew what it was made of
+    assert Path("out/200/images/b.png").stat().st_mtime_ns != second_time  # made from unknown inputs
     assert [json.loads(line)["image"] for line in records.read_text().splitlines()] == list(NAMES)
 
 
-def test_a_result_of_unknown_inputs_is_made_anew(folder, pipe):
+def test_a_result_of_unknown_inputs_is_replaced(folder, pipe):
     whole = evaluate_fast(pipe, "whole", limit=1)
     save(Image.new("RGB", (64, 48), "red"), "out/200/images", "a")
     Path("out/settings.json").write_bytes(Path("whole/settings.json").read_bytes())
@@ -178,13 +170,13 @@ def test_overwriting_leaves_nothing_of_the_evaluation_before(folder, pipe):
     assert not list(Path("out").rglob("b.png")) and not Path("out/grids").exists()
 
 
-def test_overwriting_spares_what_is_no_part_of_an_evaluation(folder, pipe):
+def test_overwriting_keeps_what_is_not_part_of_an_evaluation(folder, pipe):
     evaluate_fast(pipe, limit=1)
     save(Image.new("RGB", (64, 48)), "out/mine/images", "a")
     Path("out/results.txt").write_text("mine")
     evaluate_fast(pipe, limit=1, overwrite=True)
     assert Path("out/mine/images/a.png").exists() and Path("out/results.txt").exists()
-    with pytest.raises(ValueError, match="`overwrite` cannot replace out, which holds `results`"):
+    with pytest.raises(ValueError, match="`overwrite` cannot replace out, which contains `results`"):
         evaluate("out", gt="gt", results="out/200/images", metrics=FAST, overwrite=True)
     assert Path("out/200/images/a.png").exists()
 
@@ -202,7 +194,7 @@ def test_names_may_be_any_bytes(folder, pipe):
 def test_a_result_that_changed_after_it_was_measured_is_refused(folder, pipe):
     evaluate_fast(pipe, limit=1)
     save(Image.new("RGB", (64, 48), "red"), "out/200/images", "a")
-    with pytest.raises(ValueError, match="`result` has to have the images with which out was begun, but .*a.png has"):
+    with pytest.raises(ValueError, match="`result` must be the same as when out was begun, but .*a.png has"):
         evaluate_fast(pipe, limit=1)
 
 
@@ -215,21 +207,21 @@ def test_a_last_line_without_its_end_is_completed(folder, pipe):
 
 
 def test_the_output_may_not_lie_among_the_inputs(folder, pipe):
-    with pytest.raises(ValueError, match="`out` has to be outside of `lq`"):
+    with pytest.raises(ValueError, match="`out` must be outside `lq`"):
         evaluate_fast(pipe, "lq/out")
 
 
-def test_a_border_that_leaves_nothing_has_no_number(folder):
+def test_a_border_that_is_too_large(folder):
     evaluation = evaluate("out", gt="gt", results="other", metrics=FAST, crop_border=24)
     assert "psnr_y" not in evaluation.runs[0].images["a"]
-    assert "`crop_border=24` leaves nothing of 64x48" in Path("out/results.md").read_text()
-    with pytest.raises(ValueError, match="`crop_border` has to be an integer of 0 or more, but is 1.5"):
+    assert "`crop_border=24` is too large for 64x48" in Path("out/results.md").read_text()
+    with pytest.raises(ValueError, match="`crop_border` must be a non-negative integer, got 1.5"):
         evaluate("new", gt="gt", results="other", metrics=FAST, crop_border=1.5)
 
 
 @pytest.mark.slow
 def test_killed_command(folder, pipe):
-    for number in range(40):
+    for number in range(12):
         save(make_image(number), "gt", f"more/{number}")
         save(make_image(number).resize((16, 12)), "lq", f"more/{number}")
     program = "from diffusers_invsr.cli import main; main()"
@@ -247,13 +239,28 @@ def test_killed_command(folder, pipe):
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = records.read_text().count("\n")
-    assert 3 <= done < 43
+    assert 3 <= done < 15
     times = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.png")}
-    assert run(*arguments[1:]).count("250-200-150-100-50 more/") == 40
+    assert run_command("evaluate", *arguments[1:]).count("250-200-150-100-50 more/") == 12
     assert {path: path.stat().st_mtime_ns for path in times} == times
     again = evaluate_fast(pipe, "again", schedules=[[250, 200, 150, 100, 50]], metrics=["psnr_y"])
     table = json.loads(Path("out/results.json").read_text())["runs"]["250-200-150-100-50"]
     assert table["images"] == again.runs[1].images
+
+
+def test_results_are_yielded_as_they_are_measured(folder, pipe):
+    Path("lq/b.png").write_bytes(Path("lq/b.png").read_bytes()[:80])
+    evaluator = Evaluator("out", "lq", "gt", pipe, metrics=["psnr_y", "niqe"], sampling=Sampling(tile_size=None))
+    assert not Path("out").exists()
+    results = evaluator.measure()
+    first = next(results)
+    assert (first.run, first.image, first.error) == ("bicubic", "a", None)
+    assert first.values == evaluator.evaluation.runs[0].images["a"]
+    assert Path("out/bicubic/images/a.png").exists() and not Path("out/results.json").exists()
+    rest = {(result.run, result.image): result for result in results}
+    assert len(rest) == 5 and Path("out/results.json").exists()
+    assert {key: result.error for key, result in rest.items() if result.error} == evaluator.evaluation.failed
+    assert rest["200", "b"].error and not rest["200", "b"].values
 
 
 def test_metrics_and_schedules_can_be_added(folder, pipe):
@@ -277,7 +284,7 @@ def test_metrics_and_schedules_can_be_added(folder, pipe):
 def test_other_settings_are_refused(folder, pipe, settings, word):
     evaluate_fast(pipe, limit=1)
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=f"{word} has to be as it was"):
+    with pytest.raises(ValueError, match=f"{word} must be the same as when out was begun"):
         evaluate_fast(pipe, **settings)
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
     evaluate_fast(pipe, overwrite=True, limit=1, **settings)
@@ -312,49 +319,49 @@ def test_folder_of_something_else_is_left_alone(folder, pipe):
 def test_names_and_sizes_that_do_not_match_are_listed(folder, pipe):
     Path("gt/b.jpg").unlink()
     save(make_image(0), "gt", "z")
-    with pytest.raises(ValueError, match=r"`lq` \(lq\) .* none for z\."):
+    with pytest.raises(ValueError, match=r"`lq` \(lq\) must have the same images as .* lacks z\."):
         evaluate_fast(pipe)
     Path("gt/z.png").unlink()
-    with pytest.raises(ValueError, match=r"`gt` \(gt\) .* none for b\."):
+    with pytest.raises(ValueError, match=r"`gt` \(gt\) .* lacks b\."):
         evaluate_fast(pipe)
     for number in range(20):
         save(make_image(0), "lq", f"y{number:02}")
     with pytest.raises(ValueError, match=r"b, y00, .*y08 and 11 more\."):
         evaluate_fast(pipe)
-    with pytest.raises(ValueError, match=r"a \(gt 64x48, results 60x48\)\."):
+    with pytest.raises(ValueError, match=r"do not match: a \(gt 64x48, results 60x48\)\."):
         save(Image.open("other/a.png").resize((60, 48)), "other", "a")
         save(make_image(1), "gt", "b")
         evaluate("out", gt="gt", results="other", metrics=FAST)
     save(make_image(0), "gt", "a", ".jpg")
-    with pytest.raises(ValueError, match="`gt` has several images of one name .* a"):
+    with pytest.raises(ValueError, match="`gt` contains images that differ only in the extension: a"):
         evaluate("out", gt="gt", results="other", metrics=FAST)
     assert not Path("out").exists()
 
 
 def test_size_that_is_not_the_scale_times_the_lr_image(folder, pipe):
     save(Image.open("lq/a.png").resize((16, 13)), "lq", "a")
-    with pytest.raises(ValueError, match=r"at scale 4, .* a \(lq 16x13, gt 64x48\)"):
+    with pytest.raises(ValueError, match=r"at scale 4: a \(lq 16x13, gt 64x48\)"):
         evaluate_fast(pipe)
     for name in NAMES:
         save(Image.open(f"lq/{name}.png").resize((32, 24)), "lq", name)
     assert len(evaluate_fast(pipe, sampling=Sampling(scale=2, tile_size=None)).runs[1].images) == 3
 
 
-def test_damaged_image_is_reported_and_the_rest_goes_on(folder, pipe):
+def test_damaged_image_is_reported_and_the_rest_is_measured(folder, pipe):
     Path("lq/b.png").write_bytes(Path("lq/b.png").read_bytes()[:80])
     command = ["--model", "tiny", "--lq", "lq", "--gt", "gt", "-o", "out", "--metric", "psnr_y", *UNTILED]
-    output = run(*command, status=1)
+    output = run_command("evaluate", *command, status=1)
     assert "200 b: " in output and "| 200 | 2 | " in output
     failed = json.loads(Path("out/results.json").read_text())["failed"]
     assert [(entry["run"], entry["image"]) for entry in failed] == [("bicubic", "b"), ("200", "b")]
     save(make_image(1).resize((16, 12)), "lq", "b")
-    assert "| 200 | 3 | " in run(*command)
+    assert "| 200 | 3 | " in run_command("evaluate", *command)
 
 
 def test_sweep_on_the_command_line(folder):
     model = ["--model", "tiny", "--lq", "lq", "--gt", "gt", "--metric", "psnr_y,ssim_y", "--limit", 1, *UNTILED]
     starts = ["--steps", 1, "--steps", 2, "--start-timestep", 150, "--start-timestep", 100]
-    output = run(*model, "-o", "out", *starts, "--timesteps", "250,150,50")
+    output = run_command("evaluate", *model, "-o", "out", *starts, "--timesteps", "250,150,50")
     table = [line.split(" | ")[0].strip("| ") for line in output.splitlines() if line.startswith("| ")]
     assert table == ["mean", "---", "bicubic", "150", "100", "150-50", "100-50", "250-150-50"]
     runs = json.loads(Path("out/results.json").read_text())["runs"]
@@ -374,14 +381,14 @@ def test_sweep_on_the_command_line(folder):
         (["--model", "tiny", "--lq", "lq", "--timesteps", "many"], "--timesteps"),
         (["--model", "tiny", "--lq", "lq", "--metric", "psnr"], "psnr_y"),
         (["--model", "tiny", "--lq", "lq", "--metric", "lpips,niqe"], "lpips need HR images: give --gt"),
-        (["--results", "other", "--gt", "gt", "--steps", "3"], "'--steps': is for a model, not for given results"),
-        (["--results", "other", "--gt", "gt", "--seed", "0"], "'--seed': is for a model, not for given results"),
+        (["--results", "other", "--gt", "gt", "--steps", "3"], "'--steps': applies to a model, not to given results"),
+        (["--results", "other", "--gt", "gt", "--seed", "0"], "'--seed': applies to a model, not to given results"),
         (["--model", "tiny", "--lq", "lq", "--tile-size", "33"], "tile_size"),
         (["--model", "tiny", "--lq", "lq", "--color-fix", "sepia"], "--color-fix"),
     ],
 )
 def test_wrong_usage(folder, arguments, word):
-    assert word in run(*arguments, "-o", "out", status=2).splitlines()[-1]
+    assert word in run_command("evaluate", *arguments, "-o", "out", status=2).splitlines()[-1]
     assert not Path("out").exists()
 
 
@@ -390,9 +397,9 @@ def test_metrics_that_need_hr_images(folder, pipe):
     table = json.loads(Path("out/results.json").read_text())
     assert list(table["runs"]) == ["200"]
     assert table["runs"]["200"]["mean"] == dict.fromkeys(FAST)
-    assert table["metrics"]["psnr_y"]["unavailable"] == "needs `gt`"
+    assert table["metrics"]["psnr_y"]["unavailable"] == "requires `gt`"
     text = Path("out/results.md").read_text()
-    assert "| 200 | 3 | n/a [1] | n/a [1] | n/a [1] |" in text and "[1] needs `gt`" in text
+    assert "| 200 | 3 | n/a [1] | n/a [1] | n/a [1] |" in text and "[1] requires `gt`" in text
     assert len(evaluate_fast(pipe).runs[1].images["a"]) == 3
 
 
@@ -407,18 +414,18 @@ def test_image_too_small_for_a_metric(folder):
 
 @pytest.fixture
 def no_network(tmp_path, monkeypatch):
-    """No weights on disk, and a proxy that nobody answers for: what a machine without network has."""
+    """No weights on disk, and a proxy that does not respond, as on a machine without network."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
 
-def test_weights_that_cannot_be_had_are_no_number(folder, pipe, no_network):
+def test_weights_that_cannot_be_downloaded(folder, pipe, no_network):
     pytest.importorskip("lpips", reason="lpips needs torchvision", exc_type=Exception)
     evaluate_fast(pipe, metrics=["psnr_y", "lpips"])
     table = json.loads(Path("out/results.json").read_text())
     assert table["runs"]["200"]["mean"]["lpips"] is None
-    assert "weights could not be fetched" in table["runs"]["200"]["reasons"]["lpips"]
+    assert "weights could not be downloaded" in table["runs"]["200"]["reasons"]["lpips"]
     assert all(values["lpips"] is None for values in table["runs"]["200"]["images"].values())
     assert "| n/a [1] |" in Path("out/results.md").read_text()
     rows = list(csv.DictReader(Path("out/results.csv").read_text().splitlines()))
@@ -431,8 +438,8 @@ def test_package_that_is_missing(folder, pipe, monkeypatch):
     evaluation = evaluate_fast(pipe, limit=1)
     assert set(evaluation.runs[1].images["a"]) == {"psnr_y", "gradient_ratio"}
     assert "pip install 'diffusers-invsr[evaluation]'" in evaluation.unavailable["ssim_y"]
-    output = run("--model", "tiny", "--lq", "lq", "--gt", "gt", "-o", "new", "--grid", status=1)
-    assert output.startswith("Error: --grid needs matplotlib") and output.count("\n") == 1
+    output = run_command("evaluate", "--model", "tiny", "--lq", "lq", "--gt", "gt", "-o", "new", "--grid", status=1)
+    assert output.startswith("Error: --grid requires matplotlib") and output.count("\n") == 1
     assert not Path("new").exists()
 
 
@@ -452,8 +459,8 @@ def test_pyiqa_without_weights(no_network, tmp_path, monkeypatch):
     monkeypatch.setattr(pyiqa.utils.download_util, "DEFAULT_CACHE_DIR", str(tmp_path / "pyiqa"))
     names = [name for name, metric in METRICS.items() if metric.package == "pyiqa"]
     suite = MetricSuite(names, has_gt=True)
-    assert {name: reason[:28] for name, reason in suite.unavailable.items()} == dict.fromkeys(
-        names, "weights could not be fetched"
+    assert {name: reason.split(" (")[0] for name, reason in suite.unavailable.items()} == dict.fromkeys(
+        names, "weights could not be downloaded"
     )
 
 

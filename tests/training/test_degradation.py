@@ -551,7 +551,7 @@ def test_settings_are_command_line_options(settings):
     ],
 )
 def test_refuses_wrong_settings(name, value):
-    with pytest.raises(ValueError, match=rf"^`{name}` has to be .*, but is .*\.$") as error:
+    with pytest.raises(ValueError, match=rf"^`{name}` must be .*, got .*\.$") as error:
         EvaluationDegradationSettings(**{name: value})
     assert repr(value) in str(error.value)
 
@@ -581,10 +581,10 @@ def test_refuses_other_arguments():
     with pytest.raises(ValueError, match="`settings`.*dict"):
         Degradation({"blur_sigma": [0, 1]})
     for scale in (0, 1.5, "4"):
-        with pytest.raises(ValueError, match="`scale` has to be an integer of 1 or more"):
+        with pytest.raises(ValueError, match="`scale` must be a positive integer"):
             Degradation(scale=scale)
     for batch_size in (0, 2.0):
-        with pytest.raises(ValueError, match="`batch_size` has to be a positive integer"):
+        with pytest.raises(ValueError, match="`batch_size` must be a positive integer"):
             Degradation().draw(batch_size)
-    with pytest.raises(ValueError, match="`draw` has to have settings for 2 images, but has them for 3"):
+    with pytest.raises(ValueError, match="`draw` must be for 2 images, got 3"):
         Degradation().apply(torch.zeros(2, 3, 64, 64), Degradation().draw(3))

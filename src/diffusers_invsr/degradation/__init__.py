@@ -1,4 +1,4 @@
-"""The Real-ESRGAN degradation: LR images of HR ones, for training and for test sets (section 4.1 of the paper)."""
+"""The Real-ESRGAN degradation from HR to LR images, for training and test sets (section 4.1 of the paper)."""
 
 from .degradation import Degradation, DegradationSettings, EvaluationDegradationSettings
 

@@ -1,4 +1,4 @@
-"""The degradation that makes LR images: Real-ESRGAN's second-order pipeline (https://arxiv.org/abs/2107.10833)."""
+"""Real-ESRGAN's second-order degradation of HR to LR images (https://arxiv.org/abs/2107.10833)."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -18,16 +18,16 @@ from .jpeg import jpeg_codec
 RESIZE_DIRECTIONS = ("up", "down", "keep")
 RESIZE_MODES = ("area", "bilinear", "bicubic")
 
-# What each kind of setting may be, by the last word of its name: a range within these bounds, ...
+# Bounds of ranges, by the last word of the setting's name
 RANGE_BOUNDS = {"sigma": (0, 255), "beta": (0, 100), "factor": (0, 100), "scale": (0, 100), "quality": (1, 100)}
-# ... of these, some may not begin at their lower bound, since they are divided by or are sizes, ...
+# Ranges that must not begin at their lower bound, since their values are divisors or sizes
 POSITIVE_RANGES = ("blur_sigma", "second_blur_sigma", "resize_factor", "second_resize_factor")
-# ... or as many probabilities as there are kinds.
+# Number of probabilities, by the word before the last
 NUM_PROBABILITIES = {"kernel": len(GAUSSIAN_KINDS), "resize": len(RESIZE_DIRECTIONS)}
 
 
 def setting(default: float | int | list[float], help: str) -> Any:
-    """A field that `transformers.HfArgumentParser` makes a command-line option of."""
+    """A field that `transformers.HfArgumentParser` turns into a command-line option."""
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
@@ -36,33 +36,38 @@ def setting(default: float | int | list[float], help: str) -> Any:
 @dataclass
 class DegradationSettings:
     """
-    What the degradation draws from; the defaults are those of InvSR's training. Ranges are `[low, high]` and drawn
-    from uniformly; `second_` are the settings of the second order, `final_` those after it.
+    The distributions of the degradation's parameters; the defaults are those of InvSR's training. Ranges are
+    `[low, high]` and sampled uniformly. The prefix `second_` marks the second order, `final_` the steps after it. The
+    description of each setting is the `help` in its field's metadata.
 
     Raises:
         ValueError: If a probability is outside [0, 1], probabilities do not sum to 1, a range is empty or out of
-            bounds, a range of resize factors does not contain 1, or a kernel size is not an odd integer of 5 or more.
+            bounds, a range of resize factors does not contain 1, or a kernel size is not an odd integer of at least 5.
     """
 
-    blur_kernel_size: int = setting(21, "side of the frame of kernels, odd; supports are odd, from 3 to it less 2")
+    blur_kernel_size: int = setting(
+        21, "side of the kernels in pixels, odd; their supports are odd sizes from 3 to this minus 2"
+    )
     blur_kernel_probabilities: list[float] = setting(
         [0.45, 0.25, 0.12, 0.03, 0.12, 0.03],
-        "of isotropic and anisotropic Gaussian, generalized Gaussian and plateau kernels, in both orders, if not sinc",
+        "probabilities of isotropic and anisotropic Gaussian, generalized Gaussian and plateau kernels, both orders",
     )
     blur_sigma: list[float] = setting([0.2, 3.0], "standard deviation of kernels in pixels")
     blur_generalized_beta: list[float] = setting([0.5, 4.0], "shape of generalized Gaussian kernels, in both orders")
     blur_plateau_beta: list[float] = setting([1.0, 2.0], "shape of plateau kernels, in both orders")
-    blur_sinc_probability: float = setting(0.1, "of a sinc kernel")
-    resize_probabilities: list[float] = setting([0.2, 0.7, 0.1], "of making larger, making smaller and keeping")
+    blur_sinc_probability: float = setting(0.1, "probability of a sinc kernel")
+    resize_probabilities: list[float] = setting(
+        [0.2, 0.7, 0.1], "probabilities of enlarging, reducing and keeping the size"
+    )
     resize_factor: list[float] = setting([0.15, 1.5], "size relative to the HR image")
-    noise_gaussian_probability: float = setting(0.5, "of Gaussian noise, else Poisson noise")
+    noise_gaussian_probability: float = setting(0.5, "probability of Gaussian noise instead of Poisson noise")
     noise_sigma: list[float] = setting([1.0, 30.0], "standard deviation of Gaussian noise in levels of 255")
     noise_poisson_scale: list[float] = setting([0.05, 3.0], "factor on Poisson noise")
-    noise_grey_probability: float = setting(0.4, "of noise that is the same in all channels")
+    noise_grey_probability: float = setting(0.4, "probability of noise that is the same in all channels")
     jpeg_quality: list[float] = setting([30.0, 95.0], "quality of the first compression")
 
-    second_order_probability: float = setting(0.5, "of the second order, as a whole")
-    second_blur_probability: float = setting(0.8, "of its blur")
+    second_order_probability: float = setting(0.5, "probability of the second order as a whole")
+    second_blur_probability: float = setting(0.8, "probability of its blur")
     second_blur_kernel_size: int = setting(15, "as blur_kernel_size")
     second_blur_sigma: list[float] = setting([0.2, 1.5], "as blur_sigma")
     second_blur_sinc_probability: float = setting(0.1, "as blur_sinc_probability")
@@ -73,21 +78,23 @@ class DegradationSettings:
     second_noise_poisson_scale: list[float] = setting([0.05, 2.5], "as noise_poisson_scale")
     second_noise_grey_probability: float = setting(0.4, "as noise_grey_probability")
 
-    final_sinc_probability: float = setting(0.8, "of a sinc filter after resizing to the LR size")
-    final_jpeg_quality: list[float] = setting([30.0, 95.0], "quality of the last compression, before or after that")
+    final_sinc_probability: float = setting(0.8, "probability of a sinc filter after resizing to the LR size")
+    final_jpeg_quality: list[float] = setting(
+        [30.0, 95.0], "quality of the last compression, which comes before or after that filter"
+    )
 
     def __post_init__(self):
         for name in (f.name for f in fields(self)):
             value, kind = getattr(self, name), name.rsplit("_", 1)[-1]
             if kind == "probability":
-                _require(is_real(value) and 0 <= value <= 1, name, value, "a number in [0, 1]")
+                _require(is_real(value) and 0 <= value <= 1, name, value, "between 0 and 1")
             elif kind == "probabilities":
                 count = NUM_PROBABILITIES[name.rsplit("_", 2)[-2]]
                 valid = _are_reals(value, count) and min(value) >= 0 and math.isclose(sum(value), 1, abs_tol=1e-6)
-                _require(valid, name, value, f"{count} numbers of 0 or more that sum to 1")
+                _require(valid, name, value, f"{count} non-negative numbers that sum to 1")
             elif kind == "size":
                 valid = is_integer(value) and value >= 5 and value % 2 == 1
-                _require(valid, name, value, "an odd integer of 5 or more")
+                _require(valid, name, value, "an odd integer of at least 5")
             else:
                 low, high = RANGE_BOUNDS[kind]
                 valid = _are_reals(value, 2) and low <= value[0] <= value[1] <= high
@@ -98,25 +105,25 @@ class DegradationSettings:
                     _require(value[0] <= 1 <= value[1], name, value, "[low, high] with low <= 1 <= high")
 
 
-def lighter(name: str, default: float | int | list[float]) -> Any:
-    """A setting of training with another default."""
+def override(name: str, default: float | int | list[float]) -> Any:
+    """A setting of [`DegradationSettings`] with another default."""
     return setting(default, DegradationSettings.__dataclass_fields__[name].metadata["help"])
 
 
 @dataclass
 class EvaluationDegradationSettings(DegradationSettings):
-    """The lighter settings that InvSR's test sets are made with. What is not named here is as in training."""
+    """The lighter settings of InvSR's synthetic test sets. All others are those of training."""
 
-    blur_kernel_size: int = lighter("blur_kernel_size", 13)
-    blur_kernel_probabilities: list[float] = lighter("blur_kernel_probabilities", [0.6, 0.4, 0.0, 0.0, 0.0, 0.0])
-    blur_sigma: list[float] = lighter("blur_sigma", [0.2, 0.8])
-    resize_factor: list[float] = lighter("resize_factor", [0.5, 1.5])
-    noise_sigma: list[float] = lighter("noise_sigma", [1.0, 15.0])
-    noise_poisson_scale: list[float] = lighter("noise_poisson_scale", [0.05, 0.3])
-    jpeg_quality: list[float] = lighter("jpeg_quality", [70.0, 95.0])
-    second_order_probability: float = lighter("second_order_probability", 0.0)
-    final_sinc_probability: float = lighter("final_sinc_probability", 0.2)
-    final_jpeg_quality: list[float] = lighter("final_jpeg_quality", [80.0, 100.0])
+    blur_kernel_size: int = override("blur_kernel_size", 13)
+    blur_kernel_probabilities: list[float] = override("blur_kernel_probabilities", [0.6, 0.4, 0.0, 0.0, 0.0, 0.0])
+    blur_sigma: list[float] = override("blur_sigma", [0.2, 0.8])
+    resize_factor: list[float] = override("resize_factor", [0.5, 1.5])
+    noise_sigma: list[float] = override("noise_sigma", [1.0, 15.0])
+    noise_poisson_scale: list[float] = override("noise_poisson_scale", [0.05, 0.3])
+    jpeg_quality: list[float] = override("jpeg_quality", [70.0, 95.0])
+    second_order_probability: float = override("second_order_probability", 0.0)
+    final_sinc_probability: float = override("final_sinc_probability", 0.2)
+    final_jpeg_quality: list[float] = override("final_jpeg_quality", [80.0, 100.0])
 
 
 def _are_reals(value: Any, count: int) -> bool:
@@ -125,17 +132,17 @@ def _are_reals(value: Any, count: int) -> bool:
 
 def _require(valid: bool, name: str, value: Any, accepted: str) -> None:
     if not valid:
-        raise ValueError(f"`{name}` has to be {accepted}, but is {value!r}.")
+        raise ValueError(f"`{name}` must be {accepted}, got {value!r}.")
 
 
 @dataclass
 class Resize:
     """
-    One resize, the same for all images of a batch.
+    A resize, the same for all images of a batch.
 
     Args:
         direction (`str`): `"up"`, `"down"` or `"keep"`.
-        factor (`float`): Size relative to the HR image, or the LR image in the second order.
+        factor (`float`): Size relative to the HR image, or to the LR image in the second order.
         mode (`str`): `"area"`, `"bilinear"` or `"bicubic"`, without antialiasing.
     """
 
@@ -150,17 +157,17 @@ class Noise(PerImage):
     The noise of each image; every field has the shape `(batch,)`.
 
     Args:
-        gaussian (`torch.Tensor`): Whether it is Gaussian noise; else it is Poisson noise.
-        level (`torch.Tensor`): Standard deviations in levels of 255, or factors on Poisson noise.
-        grey (`torch.Tensor`): Whether it is the same in all channels.
+        gaussian (`torch.Tensor`): Whether the noise is Gaussian instead of Poisson noise.
+        level (`torch.Tensor`): Standard deviation in levels of 255, or factor on Poisson noise.
+        grey (`torch.Tensor`): Whether the noise is the same in all channels.
     """
 
     gaussian: torch.Tensor
     level: torch.Tensor
     grey: torch.Tensor
 
-    def describe(self, index: int) -> dict[str, Any]:
-        """The noise of one image, in numbers and strings."""
+    def to_dict(self, index: int) -> dict[str, Any]:
+        """The noise of one image, as numbers and strings."""
         kind, level = ("gaussian", "sigma") if self.gaussian[index] else ("poisson", "scale")
         return {"kind": kind, level: self.level[index].item(), "grey": self.grey[index].item()}
 
@@ -168,16 +175,17 @@ class Noise(PerImage):
 @dataclass
 class DegradationDraw:
     """
-    Everything that is drawn for a batch but the noise maps. Resizes are drawn for the batch, all else for each image;
-    tensors are on the CPU and begin with `(batch,)`. What the second order draws has no effect on images without it.
+    Everything that is drawn for a batch except the noise maps. Resizes are shared by the batch, everything else is
+    drawn per image; tensors are on the CPU and have the shape `(batch,)`. The second order is also drawn for images to
+    which it is not applied.
 
     Args:
-        blur, second_blur, final_sinc ([`BlurKernels`]): Kernels; the identity where no blur is applied.
+        blur, second_blur, final_sinc ([`BlurKernels`]): Kernels; the identity for images that are not blurred.
         resize, second_resize ([`Resize`]): Resizes.
         noise, second_noise ([`Noise`]): Noise.
         jpeg_quality, final_jpeg_quality (`torch.Tensor`): Qualities in [1, 100], not rounded.
         second_order (`torch.Tensor`): Whether the second order is applied.
-        final_resize_mode (`str`): Interpolation of the resize to the LR size.
+        final_resize_mode (`str`): Interpolation mode of the resize to the LR size, as in [`Resize`].
         final_jpeg_first (`torch.Tensor`): Whether the last compression comes before that resize and the sinc filter.
     """
 
@@ -198,23 +206,23 @@ class DegradationDraw:
         return len(self.second_order)
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """The settings of each image as a dictionary for JSON; `"second_order"` is `None` where it is not applied."""
-        return [self._describe(index) for index in range(len(self))]
+        """One dictionary for JSON per image; `"second_order"` is `None` if it is not applied."""
+        return [self._to_dict(index) for index in range(len(self))]
 
-    def _describe(self, index: int) -> dict[str, Any]:
+    def _to_dict(self, index: int) -> dict[str, Any]:
         second = {
-            "blur": self.second_blur.describe(index),
+            "blur": self.second_blur.to_dict(index),
             "resize": vars(self.second_resize).copy(),
-            "noise": self.second_noise.describe(index),
+            "noise": self.second_noise.to_dict(index),
         }
         return {
-            "blur": self.blur.describe(index),
+            "blur": self.blur.to_dict(index),
             "resize": vars(self.resize).copy(),
-            "noise": self.noise.describe(index),
+            "noise": self.noise.to_dict(index),
             "jpeg_quality": self.jpeg_quality[index].item(),
             "second_order": second if self.second_order[index] else None,
             "final_resize_mode": self.final_resize_mode,
-            "final_sinc": self.final_sinc.describe(index),
+            "final_sinc": self.final_sinc.to_dict(index),
             "final_jpeg_quality": self.final_jpeg_quality[index].item(),
             "final_jpeg_first": self.final_jpeg_first[index].item(),
         }
@@ -222,47 +230,48 @@ class DegradationDraw:
 
 class Degradation(nn.Module):
     r"""
-    Makes LR images of HR images: blur, resize, noise and JPEG, all of random strength; the same a second time for some
-    images; then a resize to the LR size, a sinc filter and JPEG.
+    Degrades HR to LR images: blur, resize, noise and JPEG compression of random strength; a second order of the same
+    for some images; then a resize to the LR size, a sinc filter and a last JPEG compression.
 
-    Resizes are drawn for the batch, all else for each image. [`PairPool`] mixes the batches afterwards.
+    Resizes are shared by a batch, everything else is drawn per image. In training, [`PairPool`] mixes batches.
 
     Args:
-        settings ([`DegradationSettings`], *optional*): What to draw from, by default that of InvSR's training.
-        scale (`int`, defaults to 4): HR size over LR size.
+        settings ([`DegradationSettings`], *optional*):
+            Distributions of the parameters, by default those of InvSR's training.
+        scale (`int`, defaults to 4): HR size divided by LR size.
 
     Raises:
-        ValueError: If `settings` or `scale` is not of its type, or `scale` is less than 1.
+        ValueError: If `settings` is not a [`DegradationSettings`] or `scale` is not a positive integer.
     """
 
     def __init__(self, settings: DegradationSettings | None = None, scale: int = 4):
         super().__init__()
         settings = DegradationSettings() if settings is None else settings
         if not isinstance(settings, DegradationSettings):
-            raise ValueError(f"`settings` have to be `DegradationSettings`, but are of type {type(settings)}.")
-        _require(is_integer(scale) and scale >= 1, "scale", scale, "an integer of 1 or more")
+            raise ValueError(f"`settings` must be a `DegradationSettings`, got {type(settings)}.")
+        _require(is_integer(scale) and scale >= 1, "scale", scale, "a positive integer")
         self.settings, self.scale = settings, int(scale)
 
     @property
     def min_size(self) -> int:
-        """The smallest HR side, a multiple of the scale: padding reflects half a frame of kernels at every size."""
+        """The smallest side of HR images in pixels: at every size, padding reflects half the side of a kernel."""
         s, half = self.settings, self.settings.blur_kernel_size // 2
         lr_size = half + 1
         if s.second_order_probability > 0:
-            # The second blur works at the first resize's size.
+            # The second blur is applied at the size of the first resize
             lr_size = max(lr_size, math.ceil((s.second_blur_kernel_size // 2 + 1) / s.resize_factor[0] / self.scale))
         return lr_size * self.scale
 
     def draw(self, batch_size: int, generator: torch.Generator | None = None) -> DegradationDraw:
         """
-        Draw the settings of a batch.
+        Draw the parameters for a batch.
 
         Args:
             batch_size (`int`): Number of images.
-            generator (`torch.Generator`, *optional*): Source of every draw, on any device. By default the CPU's.
+            generator (`torch.Generator`, *optional*): Generator on any device, by default PyTorch's on the CPU.
 
         Returns:
-            [`DegradationDraw`]
+            [`DegradationDraw`]: The parameters.
 
         Raises:
             ValueError: If `batch_size` is not a positive integer.
@@ -309,29 +318,30 @@ class Degradation(nn.Module):
     @torch.no_grad()
     def apply(self, hr: torch.Tensor, draw: DegradationDraw, generator: torch.Generator | None = None) -> torch.Tensor:
         r"""
-        Degrade with given settings. In the number type of `hr` whatever autocast says, and without gradients.
+        Degrade images with given parameters, without gradients and in the dtype of `hr`, also under autocast.
 
-        Float64 is for test sets that have to be the same everywhere: in float32, the last bits, which differ between
-        processors and numbers of threads, decide in some images to which level a value is rounded.
+        Use float64 for test sets that must be the same everywhere. In float32, rounding differences between processors
+        and numbers of threads change some of the 8-bit results.
 
         Args:
-            hr (`torch.Tensor`): HR images of shape `(batch, 3, height, width)`, float32 or float64, in [0, 1].
-            draw ([`DegradationDraw`]): Settings, of [`~Degradation.draw`].
+            hr (`torch.Tensor`):
+                HR images `(batch, 3, height, width)`, float32 or float64, RGB in [0, 1]. Height and width must be
+                multiples of the scale and at least [`~Degradation.min_size`].
+            draw ([`DegradationDraw`]): Parameters from [`~Degradation.draw`].
             generator (`torch.Generator`, *optional*):
-                Source of the noise. A CPU generator gives the same noise for images on any device. By default that of
-                the images' device.
+                Generator of the noise, by default that of the images' device. A generator on the CPU gives the same
+                noise for images on any device.
 
         Returns:
-            `torch.Tensor`: LR images of shape `(batch, 3, height // scale, width // scale)`, multiples of 1/255 in
-            [0, 1], with the number type and on the device of `hr`.
+            `torch.Tensor`: LR images `(batch, 3, height // scale, width // scale)`, RGB in [0, 1] rounded to multiples
+            of 1/255, with the dtype and device of `hr`.
 
         Raises:
-            ValueError: If `hr` has another type, shape or range, a side that is not a multiple of the scale or less
-                than [`~Degradation.min_size`], or another batch size than `draw`.
+            ValueError: If `hr` has another dtype, shape or range, or another batch size than `draw`.
         """
         self._check_hr(hr)
         if len(draw) != len(hr):
-            raise ValueError(f"`draw` has to have settings for {len(hr)} images, but has them for {len(draw)}.")
+            raise ValueError(f"`draw` must be for {len(hr)} images, got {len(draw)}.")
         s, device = self.settings, hr.device
         first, second = _fork(generator, 2)
         hr_size = hr.shape[-2:]
@@ -343,7 +353,7 @@ class Degradation(nn.Module):
             images = add_noise(images, draw.noise, first)
             images = jpeg(images, draw.jpeg_quality)
 
-            # Images with and without the second order have different sizes from here to the last resize.
+            # Images with and without the second order have different sizes from here to the last resize
             lr = hr.new_empty(*hr.shape[:2], *lr_size)
             for index in (draw.second_order.nonzero().flatten(), (~draw.second_order).nonzero().flatten()):
                 if len(index) == 0:
@@ -363,33 +373,50 @@ class Degradation(nn.Module):
             return (255 * lr).round().clamp(0, 255) / 255
 
     def forward(self, hr: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draw settings and degrade with them. Arguments, result and errors are those of [`~Degradation.apply`]."""
+        r"""
+        Degrade images with parameters that are drawn for them.
+
+        Args:
+            hr (`torch.Tensor`):
+                HR images `(batch, 3, height, width)`, float32 or float64, RGB in [0, 1]. Height and width must be
+                multiples of the scale and at least [`~Degradation.min_size`].
+            generator (`torch.Generator`, *optional*):
+                Generator of parameters and noise, on any device. By default, parameters are drawn with PyTorch's
+                generator on the CPU, and noise with that of the images' device.
+
+        Returns:
+            `torch.Tensor`: LR images `(batch, 3, height // scale, width // scale)`, RGB in [0, 1] rounded to multiples
+            of 1/255, with the dtype and device of `hr`.
+
+        Raises:
+            ValueError: If `hr` has another dtype, shape or range.
+        """
         self._check_hr(hr)
         return self.apply(hr, self.draw(len(hr), generator), generator)
 
     def _check_hr(self, hr: torch.Tensor) -> None:
         if not isinstance(hr, torch.Tensor) or hr.dtype not in (torch.float32, torch.float64):
             dtype = getattr(hr, "dtype", type(hr))
-            raise ValueError(f"`hr` has to be a float32 or float64 tensor, but is of type {dtype}.")
+            raise ValueError(f"`hr` must be a float32 or float64 tensor, got {dtype}.")
         if hr.ndim != 4 or hr.shape[1] != 3 or len(hr) == 0:
-            raise ValueError(f"`hr` has to have the shape (batch, 3, height, width), but has {tuple(hr.shape)}.")
+            raise ValueError(f"`hr` must have the shape (batch, 3, height, width), got {tuple(hr.shape)}.")
         if any(side % self.scale or side < self.min_size for side in hr.shape[-2:]):
             raise ValueError(
-                f"`hr` has to have sides that are multiples of {self.scale} and at least {self.min_size}, but has the"
-                f" shape {tuple(hr.shape)}."
+                f"`hr` must have a height and width that are multiples of {self.scale} and at least {self.min_size},"
+                f" got the shape {tuple(hr.shape)}."
             )
         low, high = (bound.item() for bound in hr.aminmax())
         if not 0 <= low <= high <= 1:
-            raise ValueError(f"`hr` has to be in [0, 1], but its values go from {low:g} to {high:g}.")
+            raise ValueError(f"`hr` must be in [0, 1], got values between {low:g} and {high:g}.")
 
 
 def resize(images: torch.Tensor, size: tuple[int, int], factor: float, mode: str) -> torch.Tensor:
-    """Resize images to `factor` times a size, without antialiasing, as Real-ESRGAN does."""
+    """Resize images `(batch, 3, height, width)` to `factor` times `size`, without antialiasing as in Real-ESRGAN."""
     return interpolate(images, size=tuple(max(1, int(side * factor)) for side in size), mode=mode)
 
 
 def add_noise(images: torch.Tensor, noise: Noise, generator: torch.Generator | None) -> torch.Tensor:
-    """Add to each image of shape `(batch, 3, height, width)` its noise, and clamp to [0, 1]."""
+    """Add its noise to each image `(batch, 3, height, width)` and clamp to [0, 1]."""
     result = images.clone()
     for kind, function in ((noise.gaussian, gaussian_noise), (~noise.gaussian, poisson_noise)):
         if kind.any():
@@ -402,14 +429,17 @@ def add_noise(images: torch.Tensor, noise: Noise, generator: torch.Generator | N
 
 
 def gaussian_noise(images: torch.Tensor, grey: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Normal noise with a standard deviation of one level of 255."""
+    """Gaussian noise of the images' shape with a standard deviation of 1/255."""
     device = images.device if generator is None else generator.device
     noise = torch.randn(images.shape, generator=generator, device=device, dtype=images.dtype)
     return noise.to(images.device) / 255
 
 
 def poisson_noise(images: torch.Tensor, grey: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Shot noise: a pixel counts as many photons on average as the image, or its grey version, has distinct levels."""
+    """
+    Shot noise. A white pixel has as many photons on average as the image, or its grey version if `grey`, has distinct
+    8-bit levels, rounded up to a power of two.
+    """
     images = torch.where(grey, rgb_to_grayscale(images), images)
     images = (255 * images).round().clamp(0, 255)
     seen = torch.zeros(len(images), 256, device=images.device).scatter_(1, images.flatten(1).long(), 1.0)
@@ -420,7 +450,7 @@ def poisson_noise(images: torch.Tensor, grey: torch.Tensor, generator: torch.Gen
 
 
 def jpeg(images: torch.Tensor, quality: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Compress images, or those that `mask` chooses, each with its quality in [1, 100]; clamped to [0, 1] before."""
+    """Compress images, or only those in `mask`, with a quality in [1, 100] per image; they are clamped to [0, 1]."""
     index = torch.arange(len(images)) if mask is None else mask.nonzero().flatten()
     if len(index) == 0:
         return images
@@ -430,8 +460,8 @@ def jpeg(images: torch.Tensor, quality: torch.Tensor, mask: torch.Tensor | None 
 
 def _fork(generator: torch.Generator | None, count: int) -> list[torch.Generator | None]:
     """
-    Independent generators from one. How many numbers a Poisson draw takes hangs on the last bits of an image, which
-    differ between devices; so no later draw may come from the same stream.
+    Make independent generators from one. The number of random numbers that a Poisson sample consumes depends on
+    rounding, which differs between devices, so nothing else may be drawn from the same generator afterwards.
     """
     if generator is None:
         return [None] * count

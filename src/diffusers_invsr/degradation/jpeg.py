@@ -1,4 +1,4 @@
-"""JPEG as a decoder shows it, for batches of images on any device, each with a quality of its own."""
+"""JPEG compression and decompression of batches on any device, with a quality per image."""
 
 from functools import cache
 
@@ -27,30 +27,30 @@ CHROMA_TABLE = (
     (99, 99, 99, 99, 99, 99, 99, 99),
     (99, 99, 99, 99, 99, 99, 99, 99),
 )
-# Of JFIF; the colours around 0
+# JFIF, with chroma centred at 0
 RGB_TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 YCC_TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
 
 
 def jpeg_codec(images: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
     r"""
-    Compress and decompress, with the colours at half the resolution. Other than libjpeg, it takes and gives pixels
-    that are not rounded to 8 bits. It rounds as JPEG does, so it is not differentiable, unlike
-    `kornia.enhance.jpeg_codec_differentiable`, which keeps a part of what quantisation takes away.
+    Compress and decompress images, with chroma at half the resolution. Unlike libjpeg, pixels are not rounded to
+    8 bits. Unlike `kornia.enhance.jpeg_codec_differentiable`, which softens the rounding of quantisation, it rounds as
+    JPEG does and is not differentiable.
 
     Args:
         images (`torch.Tensor`): RGB images `(B, 3, H, W)` in [0, 1], float32 or float64.
-        quality (`torch.Tensor`): Quality of each in [1, 100], `(B,)`.
+        quality (`torch.Tensor`): Quality of each image in [1, 100], `(B,)`, with the dtype of the images.
 
     Returns:
-        `torch.Tensor`: Images like the given ones.
+        `torch.Tensor`: The decompressed images `(B, 3, H, W)` in [0, 1], with the dtype and device of `images`.
     """
     to_ycc, to_rgb, luma_table, chroma_table, transform = _constants(images.dtype, images.device)
     height, width = images.shape[-2:]
     pixels = 255 * pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
     ycc = torch.einsum("cd,bdhw->bchw", to_ycc, pixels)
 
-    # Of the steps of quality 50; whole, as in libjpeg
+    # Percentage of the quantisation steps at quality 50, an integer as in libjpeg
     percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality).floor().to(images)[:, None]
     luma_steps, chroma_steps = (
         (percent * table / 100).add(0.5).floor().clamp(1, 255) for table in (luma_table, chroma_table)
@@ -65,7 +65,7 @@ def jpeg_codec(images: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _constants(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Colours there and back, both tables, and the cosine transform of a block `(64, 64)`: once on a device."""
+    """RGB to YCC and back `(3, 3)`, both tables `(64,)`, and the cosine transform of a block `(64, 64)`."""
     index = torch.arange(8, dtype=torch.float64)
     transform = torch.cos((index + 0.5) * index[:, None] * torch.pi / 8) / 2
     transform[0] /= 2**0.5  # orthonormal
@@ -76,11 +76,11 @@ def _constants(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, 
 
 
 def quantize(channels: torch.Tensor, steps: torch.Tensor, transform: torch.Tensor) -> torch.Tensor:
-    """Channels `(B, C, H, W)`, the `transform` of each 8x8 block rounded to multiples of `steps` `(B, 64)`."""
+    """Round the `transform` of each 8x8 block of channels `(B, C, H, W)` to multiples of `steps` `(B, 64)`."""
     blocks = channels.unfold(2, 8, 8).unfold(3, 8, 8).flatten(-2)  # (B, C, H / 8, W / 8, 64)
     steps = steps[:, None, None, None]
-    # Halves, which flat areas can have, go away from zero as in libjpeg, by a bias that is more than float64's errors:
-    # other than those it is the same on all machines
+    # Halves, which occur in flat areas, are rounded away from zero as in libjpeg. The bias exceeds the rounding errors
+    # of float64, which differ between machines
     multiples = blocks @ transform.T / steps
     coefficients = (multiples.abs() + 0.5 + 1e-6).floor() * multiples.sign() * steps
     return (coefficients @ transform).unflatten(-1, (8, 8)).transpose(3, 4).reshape(channels.shape)

@@ -1,20 +1,23 @@
-"""Measuring models on test sets (section 4 of the paper): sets, runs over schedules, metrics, tables, pictures."""
+"""Measuring models on test sets (section 4 of the paper): test sets, runs, metrics, tables, pictures."""
 
-from .degrade import degrade_folder
-from .evaluate import Sampling, evaluate
-from .metrics import METRICS, MetricSuite
+from .evaluate import Evaluator, ImageResult, Sampling, evaluate
+from .metric_suite import METRICS, MetricSuite
 from .pictures import save_plot, save_sheets
 from .report import Evaluation, Run
+from .test_sets import TestSet, make_test_set
 
 
 __all__ = [
     "METRICS",
     "Evaluation",
+    "Evaluator",
+    "ImageResult",
     "MetricSuite",
     "Run",
     "Sampling",
-    "degrade_folder",
+    "TestSet",
     "evaluate",
+    "make_test_set",
     "save_plot",
     "save_sheets",
 ]

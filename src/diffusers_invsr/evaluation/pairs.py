@@ -1,4 +1,4 @@
-"""Folders of images that belong together by name: LR images, results, HR images."""
+"""Folders of images that are matched by name: LR images, results, HR images."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ MAX_LISTED = 10
 
 
 def read_rgb(path: Path) -> Image.Image:
-    """An image file of any kind as an upright RGB image of 8 bits, without its transparency."""
+    """Any image file as an upright 8-bit RGB image without transparency."""
     pixels = InvSRImageProcessor().preprocess(read_image(path)[0])[0].pixels
     if pixels.is_floating_point():
         pixels = (255 * pixels).round().byte()
@@ -21,62 +21,62 @@ def read_rgb(path: Path) -> Image.Image:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image file when upright, from its header alone."""
+    """Width and height of an image file when upright, read from its header."""
     with Image.open(path) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return image.size[::-1] if turned else image.size
 
 
 def list_some(items: list[str]) -> str:
-    """A list for a message, cut off where it gets long."""
+    """A comma-separated list for a message, of which at most the first `MAX_LISTED` items are shown."""
     rest = len(items) - MAX_LISTED
     return ", ".join(items[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def find_named(folder: Path, argument: str) -> dict[str, Path]:
     r"""
-    The images below a folder by their names: the path below it without the extension, such as `"night/street"`.
+    The images below a folder by name.
 
     Args:
         folder (`Path`): The folder.
-        argument (`str`): What messages call it.
+        argument (`str`): Name of the argument that gives it, for messages.
+
+    Returns:
+        `dict[str, Path]`: Files by their path below the folder without the extension, such as `"night/street"`.
 
     Raises:
-        ValueError: If it is no folder or has no images, or two of them differ in nothing but the extension.
+        ValueError: If `folder` is not a readable folder with images, or two of them differ only in the extension.
     """
     if not folder.is_dir():
-        raise ValueError(f"`{argument}` has to be a folder of images, but {folder} is none.")
-
-    def refuse(error: OSError):
-        raise ValueError(
-            f"`{argument}` has to be a folder of images, but {error.filename} in it cannot be read ({error.strerror})."
-        )
-
+        raise ValueError(f"`{argument}` must be a folder of images, got {folder}.")
+    paths, errors = images_below(folder)
+    if errors:
+        raise ValueError(f"`{argument}` contains {errors[0].filename}, which cannot be read ({errors[0].strerror}).")
     named, twice = {}, []
-    for path in images_below(folder, refuse):
+    for path in paths:
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in named:
             twice.append(name)
         named[name] = path
     if not named:
-        raise ValueError(f"`{argument}` has to be a folder of images, but {folder} has none.")
+        raise ValueError(f"`{argument}` must be a folder of images, but {folder} contains none.")
     if twice:
-        raise ValueError(f"`{argument}` has several images of one name but for the extension: {list_some(twice)}.")
+        raise ValueError(f"`{argument}` contains images that differ only in the extension: {list_some(twice)}.")
     return named
 
 
 def match_by_name(folders: dict[str, Path]) -> dict[str, dict[str, Path]]:
     r"""
-    Match the images of folders.
+    Match the images of several folders by name.
 
     Args:
-        folders (`dict[str, Path]`): Folders by the argument that named them, such as `"lq"` and `"gt"`.
+        folders (`dict[str, Path]`): Folders by the argument that gives them, such as `"lq"` and `"gt"`.
 
     Returns:
-        `dict[str, dict[str, Path]]`: For each image, in the order of names, its file in each folder.
+        `dict[str, dict[str, Path]]`: The file of each image in each folder, sorted by name.
 
     Raises:
-        ValueError: If an image is missing in one of them; the message lists such images.
+        ValueError: If an image is missing in a folder; the message lists the missing ones.
     """
     found = {argument: find_named(folder, argument) for argument, folder in folders.items()}
     names = sorted(set().union(*found.values()))
@@ -85,7 +85,7 @@ def match_by_name(folders: dict[str, Path]) -> dict[str, dict[str, Path]]:
         if missing:
             others = " or ".join(f"`{other}`" for other in found if other != argument)
             raise ValueError(
-                f"`{argument}` ({folders[argument]}) has to have an image for each in {others}, but has none for"
+                f"`{argument}` ({folders[argument]}) must have the same images as {others}, but lacks"
                 f" {list_some(missing)}."
             )
     return {name: {argument: files[name] for argument, files in found.items()} for name in names}
@@ -93,21 +93,21 @@ def match_by_name(folders: dict[str, Path]) -> dict[str, dict[str, Path]]:
 
 def check_sizes(pairs: dict[str, dict[str, Path]], scale: float | None):
     r"""
-    Compare the sizes of images that belong together: HR images and results with each other, and with the LR image
-    times the scale (rounded). Images whose header cannot be read are left out.
+    Check that HR images and results have the same size: that of the LR image times the scale, rounded. Images whose
+    headers cannot be read are skipped.
 
     Args:
         pairs (`dict[str, dict[str, Path]]`): Files by argument for each image, from [`match_by_name`].
-        scale (`float`, *optional*): HR size over LR size. Without one, LR images are not compared.
+        scale (`float`, *optional*): HR size divided by LR size. If not given, LR images are not checked.
 
     Raises:
-        ValueError: If sizes do not fit; the message lists the images with their sizes.
+        ValueError: If sizes do not match; the message lists the images with their sizes.
     """
     wrong = []
     for name, files in pairs.items():
         try:
             sizes = {argument: image_size(path) for argument, path in files.items()}
-        except Exception:  # of many kinds, from Pillow's decoders; reading it whole later tells what is wrong
+        except Exception:  # various exceptions of Pillow's decoders; reading the whole file later reports them
             continue
         large = {size for argument, size in sizes.items() if argument != "lq"}
         if "lq" in sizes and scale is not None:
@@ -117,4 +117,4 @@ def check_sizes(pairs: dict[str, dict[str, Path]], scale: float | None):
     if wrong:
         arguments = " and ".join(f"`{argument}`" for argument in next(iter(pairs.values())))
         times = f" at scale {scale:g}" if scale is not None and "lq" in next(iter(pairs.values())) else ""
-        raise ValueError(f"The sizes in {arguments} have to fit{times}, but do not for {list_some(wrong)}.")
+        raise ValueError(f"The sizes of images in {arguments} do not match{times}: {list_some(wrong)}.")

@@ -1,4 +1,4 @@
-"""Pictures for people: sheets that compare results, and PSNR over steps and starts."""
+"""Pictures of an evaluation: sheets that compare results, and a plot of PSNR against steps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,29 +15,29 @@ from .report import Evaluation, Run
 
 
 LABEL_HEIGHT, GAP = 22, 6
-COLUMN = 384  # pixels; a whole image is made as wide or narrower, a crop exactly so
+COLUMN = 384  # width in pixels of each image and each crop in a sheet
 CROP_COLORS = ("red", "deepskyblue")
 MIN_CROP = 16
 
 
 def choose_crops(image: Image.Image, count: int = len(CROP_COLORS)) -> list[tuple[int, int, int, int]]:
     r"""
-    Squares where an image has most detail: the highest gradient energy, and the next highest that overlap no other.
+    Choose the most detailed squares of an image: those with the highest gradient energy that do not overlap.
 
     Args:
         image (`PIL.Image.Image`): The image, RGB.
-        count (`int`): Squares to choose; fewer come back where there is no room.
+        count (`int`, defaults to 2): Number of squares; fewer are returned if there is no room.
 
     Returns:
-        `list[tuple[int, int, int, int]]`: Left, top, right and bottom. The side is a sixth of the image's shorter one,
-        or 16 pixels if that is more; positions are multiples of a quarter of it.
+        `list[tuple[int, int, int, int]]`: Left, top, right and bottom of each square in pixels. The side is a sixth of
+        the image's shorter side, but at least 16 pixels; positions are multiples of a quarter of it.
     """
     y = luma(np.array(image))
     side = min(max(min(image.size) // 6, MIN_CROP), *image.size)
     energy = np.zeros_like(y)
     energy[:, :-1] += np.abs(np.diff(y, axis=1))
     energy[:-1] += np.abs(np.diff(y, axis=0))
-    # Sums over squares are differences of a cumulative sum; rounded, so that equal squares stay equal.
+    # Sums over squares are differences of a cumulative sum, rounded below so that equal squares stay equal
     total = np.pad(energy, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
     sums = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
     step = max(side // 4, 1)
@@ -51,11 +51,14 @@ def choose_crops(image: Image.Image, count: int = len(CROP_COLORS)) -> list[tupl
 
 def sheet(images: dict[str, Image.Image], boxes: Sequence[tuple[int, int, int, int]]) -> Image.Image:
     r"""
-    Images of one size beside each other under their names, and below each its crops, zoomed by repeating pixels.
+    Images side by side under their names, with enlarged crops below each.
 
     Args:
-        images (`dict[str, PIL.Image.Image]`): RGB images by name.
+        images (`dict[str, PIL.Image.Image]`): RGB images of the same size, by name.
         boxes (`Sequence[tuple[int, int, int, int]]`): Crops, from [`choose_crops`].
+
+    Returns:
+        `PIL.Image.Image`: The sheet, RGB.
     """
     width, height = next(iter(images.values())).size
     shown = (COLUMN, max(round(height * COLUMN / width), 1))
@@ -80,14 +83,14 @@ def sheet(images: dict[str, Image.Image], boxes: Sequence[tuple[int, int, int, i
 
 def save_sheets(evaluation: Evaluation, out: Path) -> list[Path]:
     r"""
-    For each image of an evaluation a sheet LR (bicubic) | results | HR, as far as there are such.
+    Save a sheet LR (bicubic) | results | HR for each image of an evaluation, without the columns that do not exist.
 
     Args:
         evaluation ([`Evaluation`]): The evaluation.
-        out (`Path`): Its folder. The sheets go into its subfolder `grids`.
+        out (`Path`): Its folder. The sheets are saved in its subfolder `grids`.
 
     Returns:
-        `list[Path]`: The sheets' files.
+        `list[Path]`: Files of the sheets.
     """
     arguments = [argument for argument in ("lq", "gt", "results") if argument in evaluation.settings]
     pairs = match_by_name({argument: Path(evaluation.settings[argument]) for argument in arguments})
@@ -116,14 +119,14 @@ def _label(run: Run) -> str:
 
 def save_plot(evaluation: Evaluation, out: Path) -> Path | None:
     r"""
-    Plot the mean PSNR over the number of steps, one line for each starting step.
+    Plot the mean PSNR against the number of steps, with one line for each starting timestep.
 
     Args:
         evaluation ([`Evaluation`]): The evaluation.
         out (`Path`): Its folder.
 
     Returns:
-        `Path`, *optional*: The file, `psnr.png`; none if no schedule has a PSNR.
+        `Path`, *optional*: The file `psnr.png`, or `None` if no schedule has a PSNR.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -142,7 +145,7 @@ def save_plot(evaluation: Evaluation, out: Path) -> Path | None:
     if means.get(BICUBIC) is not None:
         axes.axhline(means[BICUBIC], color="grey", linestyle="--", label="bicubic")
     axes.set_xlabel("steps")
-    axes.set_ylabel("PSNR-Y in dB, mean")
+    axes.set_ylabel("mean PSNR-Y (dB)")
     axes.set_xticks(sorted({len(run.timesteps) for run in runs}))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,4 +1,4 @@
-"""What an evaluation keeps on disk, so that a run that was killed goes on at the image where it was."""
+"""What an evaluation keeps on disk to resume at the image where it was stopped."""
 
 import json
 import re
@@ -18,14 +18,14 @@ RUN_NAME = r"bicubic|\d+(-\d+)*|\d+-steps-from-\d+-[0-9a-f]{8}"
 
 class Records:
     r"""
-    The measurements of one run (a schedule, bicubic, given results), appended to `records.jsonl` as they are made.
+    The measurements of one run, appended to `records.jsonl` as they are made.
 
     Args:
         folder (`Path`): Folder of the run.
 
     Attributes:
         values (`dict[str, dict[str, float]]`): Values by image and metric.
-        digests (`dict[str, dict[str, str]]`): SHA-256 of the files that were measured, by image and argument.
+        digests (`dict[str, dict[str, str]]`): SHA-256 of the measured files, by image and argument.
     """
 
     def __init__(self, folder: Path):
@@ -37,7 +37,7 @@ class Records:
         for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:  # cut off by a kill
+            except ValueError:  # incomplete, since the program was killed
                 break
             kept.append(line)
             self._take(record)
@@ -49,7 +49,7 @@ class Records:
         self.digests.setdefault(record["image"], {}).update(record["digests"])
 
     def append(self, image: str, values: dict[str, float], digests: dict[str, str]):
-        """Add values of an image. An infinite PSNR is written as Python's JSON does: `Infinity`."""
+        """Add the values of an image. An infinite PSNR is written as `Infinity`, as Python's JSON does."""
         record = {"image": image, "values": values, "digests": digests}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as stream:
@@ -59,16 +59,16 @@ class Records:
 
 def open_folder(out: Path, settings: dict, overwrite: bool):
     r"""
-    Begin an evaluation in a folder, or go on with the one that is there.
+    Begin an evaluation in a folder, or resume the one in it.
 
     Args:
         out (`Path`): The folder.
-        settings (`dict`): What results hang on. It has to be the same as when the evaluation was begun.
-        overwrite (`bool`): Whether to remove the evaluation that is there.
+        settings (`dict`): What results depend on. It must be the same as when the evaluation was begun.
+        overwrite (`bool`): Whether to remove an earlier evaluation.
 
     Raises:
-        FileExistsError: If the folder holds anything but an evaluation.
-        ValueError: If the settings are others; the message names the first one that differs.
+        FileExistsError: If the folder contains something other than an evaluation.
+        ValueError: If the settings differ; the message names the first that does.
     """
     file = out / SETTINGS_FILE
     earlier = None
@@ -76,7 +76,7 @@ def open_folder(out: Path, settings: dict, overwrite: bool):
         try:
             earlier = json.loads(file.read_text(encoding="utf-8"))["evaluation"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise FileExistsError(f"`out` has to be a new folder or that of an evaluation, but is {out}.") from None
+            raise FileExistsError(f"`out` must be a new folder or that of an evaluation, got {out}.") from None
     if earlier is not None and overwrite:
         for path in out.iterdir():
             killed_at_once = re.fullmatch(RUN_NAME, path.name) and (path / IMAGES_FOLDER).is_dir()
@@ -89,8 +89,8 @@ def open_folder(out: Path, settings: dict, overwrite: bool):
         for name in (*settings, *earlier):
             if settings.get(name) != earlier.get(name):
                 raise ValueError(
-                    f"`{name}` has to be as it was when {out} was begun, {earlier.get(name)!r}, but is"
-                    f" {settings.get(name)!r}: choose another folder, or replace what is there (`overwrite`)."
+                    f"`{name}` must be the same as when {out} was begun, {earlier.get(name)!r}, got"
+                    f" {settings.get(name)!r}: choose another folder, or replace the evaluation with `overwrite`."
                 )
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps({"evaluation": settings}, indent=2) + "\n")

@@ -10,22 +10,22 @@ from pathlib import Path
 
 from ..files import write_atomically
 from ..tables import markdown_table
-from .metrics import METRICS
+from .metric_suite import METRICS
 from .records import TABLE_FILES
 
 
 @dataclass
 class Run:
     r"""
-    What was measured of one way to make results.
+    The measurements of one run: a schedule of the model, bicubic upscaling, or given results.
 
     Args:
         name (`str`): The schedule, such as `"200-100-50"`; `"bicubic"`; or `"results"`.
         timesteps (`list[int]`, *optional*): The schedule.
-        images (`dict[str, dict[str, float]]`): Values by image and metric; what could not be measured is not there.
-        of_set (`dict[str, float]`): Values of metrics of the set.
+        images (`dict[str, dict[str, float]]`): Values by image and metric, without those that are unavailable.
+        of_set (`dict[str, float]`): Values of metrics of the whole set.
         reasons (`dict[tuple[str | None, str], str]`):
-            Why a value is not there, by image (`None` for the set) and metric.
+            Why a value is missing, by image (`None` for the set) and metric.
     """
 
     name: str
@@ -35,14 +35,14 @@ class Run:
     reasons: dict[tuple[str | None, str], str] = field(default_factory=dict)
 
     def mean(self, metric: str) -> float | None:
-        """Mean over the images that have a value, or the value of the set; `None` if there is none."""
+        """Mean over the images that have a value, or the value of the whole set; `None` if there is none."""
         if METRICS[metric].of_set:
             return self.of_set.get(metric)
         values = [values[metric] for values in self.images.values() if metric in values]
         return sum(values) / len(values) if values else None
 
     def reason(self, metric: str) -> str | None:
-        """Why the mean has no value, or is not one over all images."""
+        """Why the mean is missing, or is not over all images; `None` if neither is the case."""
         reasons = [text for (_, name), text in self.reasons.items() if name == metric]
         if not reasons or METRICS[metric].of_set:
             return reasons[0] if reasons else None
@@ -56,11 +56,11 @@ class Evaluation:
     The results of an evaluation.
 
     Args:
-        settings (`dict`): What the results hang on, and where the images were.
-        metrics (`list[str]`): The metrics that were asked for, of `METRICS`.
-        unavailable (`dict[str, str]`): Those that could not be had at all, with the reason.
-        runs (`list[Run]`): Bicubic enlargement, if it was measured, and each schedule or the given results.
-        failed (`dict[tuple[str, str], str]`): What was wrong with images that had to be left out, by run and image.
+        settings (`dict`): What the results depend on, and the folders of the images.
+        metrics (`list[str]`): The requested metrics, names from `METRICS`.
+        unavailable (`dict[str, str]`): Those that are unavailable, with the reason.
+        runs (`list[Run]`): Bicubic upscaling, if it was measured, and each schedule or the given results.
+        failed (`dict[tuple[str, str], str]`): Errors of images that failed, by run and image.
     """
 
     settings: dict
@@ -70,7 +70,7 @@ class Evaluation:
     failed: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
-        """For JSON, which has no NaN and no infinity: what is not a number is `null`, with a reason beside it."""
+        """The content of `results.json`. Values that are missing or not finite are `None`, with a reason."""
         runs = {}
         for run in self.runs:
             means = {name: run.mean(name) for name in self.metrics}
@@ -105,7 +105,7 @@ class Evaluation:
         }
 
     def to_csv(self) -> str:
-        """One line an image and, with the image `mean`, one a run. What has no value is empty."""
+        """One line per image, and one per run with the image name `mean`. Missing values are empty."""
         stream = io.StringIO()
         table = csv.writer(stream, lineterminator="\n")
         table.writerow(["run", "image", *self.metrics])
@@ -117,11 +117,11 @@ class Evaluation:
         return stream.getvalue()
 
     def to_markdown(self, images: bool = True) -> str:
-        """A table of means, one of the images for each run, and footnotes on what is not a number."""
+        """A table of means, one table of images per run, and footnotes on missing values."""
         notes = Footnotes()
         parts = [self._means(notes)]
         failed = Counter(run for run, _ in self.failed)
-        parts += [f"{run}: {count} of the images failed and are left out." for run, count in failed.items()]
+        parts += [f"{run}: {count} of the images failed and are not included." for run, count in failed.items()]
         if images:
             parts += [self._images(run, notes) for run in self.runs]
         parts += [notes.text] if notes.text else []
@@ -154,13 +154,13 @@ class Evaluation:
 
 
 class Footnotes:
-    """Numbered reasons below a table, each once."""
+    """Numbered footnotes below a table, each listed once."""
 
     def __init__(self):
         self.reasons = []
 
     def cell(self, value: float | None, digits: int, reason: str | None) -> str:
-        """A number, or `n/a`; with the number of the footnote if there is a reason to tell."""
+        """A formatted value, or `n/a`, with a reference to the footnote if there is a reason."""
         text = "n/a" if value is None else f"{value:.{digits}f}"
         if reason is None:
             return text

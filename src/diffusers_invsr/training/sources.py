@@ -74,7 +74,9 @@ def list_files(source: str) -> list[str]:
             raise ValueError(f"`sources` has a limit [{match[2]}] in {source!r}, but it has to be [:N] with N >= 1.")
         limit = int(number[1])
     if path.is_dir():
-        files = images_below(path, _warn)
+        files, errors = images_below(path)
+        for error in errors:
+            warnings.warn(f"{error.filename} cannot be read and is left out: {error.strerror}", stacklevel=2)
     elif path.suffix.lower() in IMAGE_SUFFIXES:
         raise ValueError(f"`sources` has to hold folders, lists or streams, but holds the image file {source!r}.")
     elif path.is_file():
@@ -91,10 +93,6 @@ def list_files(source: str) -> list[str]:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise ValueError(f"`sources` has {source!r}, but it has no images ({suffixes}).")
     return [os.path.abspath(file) for file in files[:limit]]
-
-
-def _warn(error: OSError):
-    warnings.warn(f"{error.filename} cannot be read and is left out: {error.strerror}", stacklevel=2)
 
 
 @dataclass

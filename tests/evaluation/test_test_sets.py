@@ -1,4 +1,4 @@
-"""Synthetic test sets, on real files: the same for a seed whatever else is there, and whole or not there."""
+"""Synthetic test sets, on real files: reproducible for a seed whatever else is there, and complete or not there."""
 
 import hashlib
 import json
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import files_below, run_command
 from PIL import ExifTags, Image
-from typer.testing import CliRunner
 
-from diffusers_invsr.cli import app
+from diffusers_invsr.evaluation import make_test_set
 
 
 pytest.importorskip("kornia")
@@ -41,26 +41,20 @@ def save(path: Path, seed: int, **settings):
 
 
 def degrade(*arguments, status: int = 0) -> str:
-    command = ["degrade", "hr", *(str(argument) for argument in arguments)]
-    result = CliRunner().invoke(app, command if "--size" in command else [*command, "--size", str(SIZE)])
-    assert result.exit_code == status, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
-    return result.output
+    size = () if "--size" in arguments else ("--size", SIZE)
+    return run_command("degrade", "hr", *arguments, *size, status=status)
 
 
 def pixels(path: str) -> np.ndarray:
     return np.array(Image.open(path))
 
 
-def names_in(folder: str) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
-
-
 @pytest.mark.parametrize("setting, scale", [("test", 4), ("training", 2)])
-def test_set(folder, setting, scale):
+def test_files_and_settings(folder, setting, scale):
     assert "3 degraded, 0 failed" in degrade("-o", "set", "--setting", setting, "--scale", scale, "--seed", 3)
     images = ["a.png", "b.png", "deep/c.png"]
-    assert names_in("set") == [*(f"gt/{name}" for name in images), *(f"lq/{name}" for name in images), "settings.json"]
+    files = [f"{part}/{name}" for part in ("gt", "lq") for name in images]
+    assert files_below("set") == [*files, "settings.json"]
     description = json.loads(Path("set/settings.json").read_text())
     assert list(description["images"]) == images
     assert (description["setting"], description["scale"], description["seed"]) == (setting, scale, 3)
@@ -88,7 +82,7 @@ def test_an_image_does_not_depend_on_the_others(folder):
     assert not np.array_equal(pixels("all/lq/deep/c.png"), pixels("other/lq/deep/c.png"))
 
 
-def test_accents_are_written_in_two_ways(folder):
+def test_both_spellings_of_an_accent_are_one_name(folder):
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     save(Path("hr", f"{composed}.png"), 5)
     degrade("-o", "one")
@@ -110,7 +104,7 @@ def test_the_same_pixels_on_an_older_processor(folder):
     assert here == there
 
 
-def test_whole_images_are_cut_to_multiples(folder):
+def test_whole_images_are_cropped_to_multiples(folder):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     save(Path("hr/turned.png"), 7, exif=exif.tobytes())
@@ -129,7 +123,7 @@ def test_kinds_of_images(folder, mode):
     assert np.array_equal(pixels("set/gt/kind.png"), pixels("set/gt/grey.png"))
 
 
-def test_bad_images_are_reported_and_the_rest_goes_on(folder):
+def test_bad_images_are_reported_and_the_rest_is_degraded(folder):
     make_image(0, (SIZE - 1, SIZE)).save("hr/small.png")
     Path("hr/broken.png").write_bytes(Path("hr/a.png").read_bytes()[:300])
     output = degrade("-o", "set", status=1)
@@ -137,13 +131,20 @@ def test_bad_images_are_reported_and_the_rest_goes_on(folder):
     for name in ("small.png", "broken.png"):
         assert sum(line.startswith(f"hr/{name}: ") for line in output.splitlines()) == 1, output
     assert "63x64" in output
-    assert names_in("set/gt") == ["a.png", "b.png", "deep/c.png"]
+    assert files_below("set/gt") == ["a.png", "b.png", "deep/c.png"]
 
 
-def test_nothing_is_left_where_no_image_can_be_degraded(folder):
-    output = degrade("-o", "set", "--size", 512, status=2)
-    assert output.splitlines()[-1].endswith("has none.")
+def test_nothing_is_written_if_no_image_can_be_degraded(folder):
+    error = degrade("-o", "set", "--size", 512, status=2).splitlines()[-1]
+    assert error.endswith("has none (hr/a.png: 90x70 pixels, but at least 512 per side are required).")
     assert [path.name for path in folder.iterdir()] == ["hr"]
+
+
+def test_from_python(folder):
+    (folder / "hr/broken.png").touch()
+    test_set = make_test_set("hr", "set", size=SIZE)
+    assert test_set.images == json.loads(Path("set/settings.json").read_text())["images"]
+    assert list(test_set.problems) == [folder / "hr/broken.png"]
 
 
 def test_only_a_test_set_is_replaced(folder):
@@ -152,15 +153,15 @@ def test_only_a_test_set_is_replaced(folder):
     assert "exists" in degrade("-o", "set", status=2)
     assert Path("set/lq/a.png").exists()
     degrade("-o", "set", "--overwrite")
-    assert names_in("set/lq") == ["b.png", "deep/c.png"]
+    assert files_below("set/lq") == ["b.png", "deep/c.png"]
     Path("set/notes.txt").write_text("mine")
     assert "exists" in degrade("-o", "set", "--overwrite", status=2)
     assert {path.name for path in folder.iterdir()} == {"hr", "set"}
 
 
 @pytest.mark.parametrize("place", ["here", "a link"])
-def test_a_set_in_a_folder_that_stays(folder, monkeypatch, place):
-    """The one of the shell, or that of a link, is not replaced by another: it may be another disk, too."""
+def test_an_existing_folder_is_filled_but_not_replaced(folder, monkeypatch, place):
+    """The working directory of a shell, or the target of a link, which can also be another disk."""
     Path("set").mkdir()
     if place == "here":
         monkeypatch.chdir("set")
@@ -168,8 +169,7 @@ def test_a_set_in_a_folder_that_stays(folder, monkeypatch, place):
         Path("link").symlink_to("set")
     options = ["../hr", "-o", "."] if place == "here" else ["hr", "-o", "link"]
     for overwrite in ([], ["--overwrite"]):
-        result = CliRunner().invoke(app, ["degrade", *options, "--size", str(SIZE), *overwrite])
-        assert result.exit_code == 0, result.output
+        run_command("degrade", *options, "--size", SIZE, *overwrite)
         assert {path.name for path in (folder / "set").iterdir()} == {"gt", "lq", "settings.json"}
     assert {path.name for path in folder.iterdir()} - {"link"} == {"hr", "set"}
 
@@ -177,7 +177,7 @@ def test_a_set_in_a_folder_that_stays(folder, monkeypatch, place):
 @pytest.mark.parametrize("failing", range(1, 7))
 def test_a_replacement_that_fails_leaves_the_old_set(folder, monkeypatch, failing):
     degrade("-o", "set")
-    before = {name: Path("set", name).read_bytes() for name in names_in("set")}
+    before = {name: Path("set", name).read_bytes() for name in files_below("set")}
     Path("hr/a.png").unlink()
     replace, moves = os.replace, []
 
@@ -190,25 +190,24 @@ def test_a_replacement_that_fails_leaves_the_old_set(folder, monkeypatch, failin
 
     monkeypatch.setattr(os, "replace", replace_some)
     degrade("-o", "set", "--overwrite", status=1)
-    assert {name: Path("set", name).read_bytes() for name in names_in("set")} == before
+    assert {name: Path("set", name).read_bytes() for name in files_below("set")} == before
 
 
 def test_a_set_does_not_replace_what_it_is_made_of(folder):
     degrade("-o", "set")
-    before = names_in("set")
-    result = CliRunner().invoke(app, ["degrade", "set/gt", "-o", "set", "--overwrite", "--size", str(SIZE)])
-    assert result.exit_code == 2 and "holds `hr` (set/gt)" in result.output
-    assert names_in("set") == before
+    before = files_below("set")
+    output = run_command("degrade", "set/gt", "-o", "set", "--overwrite", "--size", SIZE, status=2)
+    assert "must not contain `hr`" in output and "contains set/gt" in output
+    assert files_below("set") == before
 
 
-@pytest.mark.slow
-def test_package_that_is_missing(folder):
-    program = "import sys; sys.modules['kornia'] = None; from diffusers_invsr.cli import main; main()"
-    command = [sys.executable, "-c", program, "degrade", "hr", "-o", "set", "--size", str(SIZE)]
-    process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == 1
-    assert process.stderr.startswith("Error: ") and "pip install 'diffusers-invsr[evaluation]'" in process.stderr
-    assert process.stderr.count("\n") == 1
+def test_missing_package(folder, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(("kornia", "diffusers_invsr.degradation"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    output = degrade("-o", "set", status=1)
+    assert output.startswith("Error: ") and "pip install 'diffusers-invsr[evaluation]'" in output
+    assert output.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -224,4 +223,4 @@ def test_package_that_is_missing(folder):
 )
 def test_wrong_usage(folder, arguments, word):
     assert word in degrade(*arguments, status=2).splitlines()[-1]
-    assert names_in(".") == ["hr/a.png", "hr/b.jpg", "hr/deep/c.png"]
+    assert files_below(".") == ["hr/a.png", "hr/b.jpg", "hr/deep/c.png"]

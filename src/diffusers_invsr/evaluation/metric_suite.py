@@ -1,4 +1,4 @@
-"""What results are measured by: names, directions, and where each metric comes from."""
+"""The metrics of an evaluation: their names, what computes them, and whether they are available."""
 
 import contextlib
 import math
@@ -19,30 +19,30 @@ from ..checks import is_integer
 from ..metrics import gradient_ratio, load_lpips, psnr_y, ssim_y
 
 
-# Seconds without an answer after which a download counts as impossible; torch's and pyiqa's have no limit.
+# Seconds without a response after which a download fails; those of torch and pyiqa have no timeout of their own.
 DOWNLOAD_TIMEOUT = 60
-NEEDS_GT = "needs `gt`"
+NEEDS_GT = "requires `gt`"
 MIN_FID_IMAGES = 2
 
 
 class MetricUnavailable(Exception):
-    """A metric cannot be had here; the message says why."""
+    """A metric is unavailable, for the reason in the message."""
 
 
 @dataclass(frozen=True)
 class Metric:
     r"""
-    A metric of one image, or of a set.
+    A metric of an image, or of a whole set.
 
     Args:
-        label (`str`): Its name in tables.
-        better (`str`): `"higher"`, `"lower"`, or `"near 1"`.
+        label (`str`): Name in tables.
+        better (`str`): Which values are better: `"higher"`, `"lower"` or `"near 1"`.
         implementation (`str`): What computes it.
-        digits (`int`): Decimals in tables.
-        needs_gt (`bool`): Whether it compares with the HR image.
-        of_set (`bool`): Whether it is one number for all images.
-        package (`str`, *optional*): The package it needs beyond those that are always there.
-        extra (`str`, *optional*): The extra of this package that installs it.
+        digits (`int`, defaults to 4): Decimal places in tables.
+        needs_gt (`bool`, defaults to `True`): Whether it compares with the HR image.
+        of_set (`bool`, defaults to `False`): Whether it is a single value for all images.
+        package (`str`, *optional*): Package that it requires beyond this package's dependencies.
+        extra (`str`, *optional*): Extra of this package that installs it.
     """
 
     label: str
@@ -83,16 +83,18 @@ CROPPED_METRICS = ("psnr_y", "ssim_y")
 
 class MetricSuite:
     r"""
-    Metrics that are loaded once and measure 8-bit RGB images.
+    Metrics of 8-bit RGB images. Their networks are loaded once.
 
     Args:
-        names (`Iterable[str]`): Of `METRICS`.
+        names (`Iterable[str]`): Names from `METRICS`.
         has_gt (`bool`): Whether there are HR images.
         device (`str` or `torch.device`, defaults to `"cpu"`): Where networks run.
-        crop_border (`int`, defaults to 0): Pixels that PSNR and SSIM leave out at each edge.
+        crop_border (`int`, defaults to 0): Border in pixels that PSNR and SSIM exclude.
 
     Attributes:
-        unavailable (`dict[str, str]`): The metrics that cannot be had here, with the reason.
+        names (`list[str]`): The metrics, each once.
+        available (`list[str]`): Those of them that are available.
+        unavailable (`dict[str, str]`): The others, with the reason.
 
     Raises:
         ValueError: If a name is unknown or `crop_border` is negative.
@@ -102,9 +104,9 @@ class MetricSuite:
         self.names, self.device, self.crop_border = list(dict.fromkeys(names)), torch.device(device), crop_border
         unknown = [name for name in self.names if name not in METRICS]
         if unknown:
-            raise ValueError(f"`metrics` have to be among {', '.join(METRICS)}, but have {', '.join(unknown)}.")
+            raise ValueError(f"`metrics` must be among {', '.join(METRICS)}, got {', '.join(unknown)}.")
         if not is_integer(crop_border) or crop_border < 0:
-            raise ValueError(f"`crop_border` has to be an integer of 0 or more, but is {crop_border!r}.")
+            raise ValueError(f"`crop_border` must be a non-negative integer, got {crop_border!r}.")
         self.unavailable, self._networks = {}, {}
         for name in self.names:
             try:
@@ -112,22 +114,26 @@ class MetricSuite:
             except MetricUnavailable as error:
                 self.unavailable[name] = str(error)
 
+    @property
+    def available(self) -> list[str]:
+        return [name for name in self.names if name not in self.unavailable]
+
     def _load(self, name: str, has_gt: bool):
         metric = METRICS[name]
         if metric.needs_gt and not has_gt:
             raise MetricUnavailable(NEEDS_GT)
         try:
             if name == "ssim_y":
-                import skimage.metrics  # noqa: F401  (so that its absence is known before any image is made)
+                import skimage.metrics  # noqa: F401  (so that it fails before any image is processed)
             elif metric.package is not None:
                 with _download_timeout(), contextlib.redirect_stdout(sys.stderr):
                     self._networks[name] = self._load_network(name)
         except ImportError as error:
             install = f"pip install 'diffusers-invsr[{metric.extra}]'"
-            raise MetricUnavailable(f"{metric.package} cannot be used ({_shorten(error)}): {install}") from error
-        except OSError as error:  # URLError and the Hub's errors are of this kind
-            raise MetricUnavailable(f"weights could not be fetched ({_shorten(error)})") from error
-        except Exception as error:  # damaged files, packages that do not fit: third-party code
+            raise MetricUnavailable(f"{metric.package} is unavailable ({_shorten(error)}): {install}") from error
+        except OSError as error:  # includes URLError and the Hub's errors
+            raise MetricUnavailable(f"weights could not be downloaded ({_shorten(error)})") from error
+        except Exception as error:  # third-party code: damaged files, incompatible packages
             raise MetricUnavailable(f"could not be loaded ({type(error).__name__}: {_shorten(error)})") from error
 
     def _load_network(self, name: str) -> torch.nn.Module:
@@ -137,42 +143,42 @@ class MetricSuite:
 
         return pyiqa.create_metric(name, device=self.device)
 
-    def of_image(self, name: str, result: np.ndarray, gt: np.ndarray | None) -> float:
+    def of_image(self, name: str, result: np.ndarray, hr: np.ndarray | None) -> float:
         r"""
         Measure one image.
 
         Args:
-            name (`str`): The metric: not one of `unavailable`, and not of a set.
-            result (`np.ndarray`): The result, uint8 of shape `(H, W, 3)`.
-            gt (`np.ndarray`, *optional*): The HR image, of the same shape.
+            name (`str`): An available metric of images.
+            result (`np.ndarray`): The result, uint8 of shape `(height, width, 3)`.
+            hr (`np.ndarray`, *optional*): The HR image, of the same type and shape.
 
         Returns:
-            `float`: The value; infinite for the PSNR of equal images.
+            `float`: The value, which is infinite for the PSNR of equal images.
 
         Raises:
-            MetricUnavailable: If this image cannot be measured, because it is too small for instance.
+            MetricUnavailable: If this image cannot be measured, for example because it is too small.
         """
         if name in PIXEL_METRICS:
             if name in CROPPED_METRICS:
-                result, gt = (self._crop(image) for image in (result, gt))
+                result, hr = (self._crop(image) for image in (result, hr))
             try:
-                value = PIXEL_METRICS[name](result, gt)
-            except ValueError as error:  # of scikit-image, for images smaller than its window
+                value = PIXEL_METRICS[name](result, hr)
+            except ValueError as error:  # scikit-image: the image is smaller than the window
                 raise MetricUnavailable(_shorten(error)) from error
         else:
             try:
-                value = self._run_network(name, result, gt)
+                value = self._run_network(name, result, hr)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # third-party code, which refuses small images in many ways
+            except Exception as error:  # third-party code, which raises various exceptions for small images
                 raise MetricUnavailable(f"{type(error).__name__}: {_shorten(error)}") from error
         if math.isnan(value) or (math.isinf(value) and name != "psnr_y"):
             raise MetricUnavailable(f"is not finite ({value})")
         return value
 
     @torch.no_grad()
-    def _run_network(self, name: str, result: np.ndarray, gt: np.ndarray | None) -> float:
-        images = [_to_tensor(image, self.device) for image in (result, gt) if image is not None]
+    def _run_network(self, name: str, result: np.ndarray, hr: np.ndarray | None) -> float:
+        images = [_to_tensor(image, self.device) for image in (result, hr) if image is not None]
         if name == "lpips":
             return self._networks[name](*images, normalize=True).item()
         images = images if METRICS[name].needs_gt else images[:1]
@@ -181,30 +187,33 @@ class MetricSuite:
     def _crop(self, image: np.ndarray) -> np.ndarray:
         border = self.crop_border
         if 2 * border >= min(image.shape[:2]):
-            raise MetricUnavailable(f"`crop_border={border}` leaves nothing of {image.shape[1]}x{image.shape[0]}")
+            raise MetricUnavailable(f"`crop_border={border}` is too large for {image.shape[1]}x{image.shape[0]}")
         return image[border : image.shape[0] - border, border : image.shape[1] - border]
 
-    def of_set(self, name: str, results: list[Path], gts: list[Path]) -> float:
+    def of_set(self, name: str, results: list[Path], hrs: list[Path]) -> float:
         r"""
-        Measure a set: FID, between the results and their HR images.
+        Measure a whole set: the FID between the results and the HR images.
 
         Args:
-            name (`str`): The metric.
+            name (`str`): An available metric of sets.
             results (`list[Path]`): Files of the results.
-            gts (`list[Path]`): Files of the HR images.
+            hrs (`list[Path]`): Files of the HR images.
+
+        Returns:
+            `float`: The value.
 
         Raises:
             MetricUnavailable: If there are too few images or the result is not finite.
         """
         if len(results) < MIN_FID_IMAGES:
-            raise MetricUnavailable(f"needs {MIN_FID_IMAGES} images or more")
+            raise MetricUnavailable(f"requires at least {MIN_FID_IMAGES} images")
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-            # pyiqa takes folders, and all that is in them
-            for part, files in (("results", results), ("gt", gts)):
+            # pyiqa measures all files of two folders
+            for part, files in (("results", results), ("hr", hrs)):
                 Path(folder, part).mkdir()
                 for number, file in enumerate(files):
                     _link(file, Path(folder, part, f"{number:06}{file.suffix.lower()}"))
-            folders = [str(Path(folder, part)) for part in ("results", "gt")]
+            folders = [str(Path(folder, part)) for part in ("results", "hr")]
             try:
                 value = float(self._networks[name](*folders, num_workers=0, verbose=False))
             except torch.OutOfMemoryError:
@@ -223,7 +232,7 @@ def _to_tensor(image: np.ndarray, device: torch.device) -> torch.Tensor:
 def _link(file: Path, link: Path):
     try:
         link.symlink_to(file.absolute())
-    except OSError:  # Windows lets only some users make links
+    except OSError:  # Windows restricts links
         shutil.copy(file, link)
 
 
