@@ -75,8 +75,8 @@ def test_components_that_do_not_fit(folder, model):
     shutil.copytree(model, "model")
     index = json.loads(Path("model/model_index.json").read_text()) | {"scale": 2}
     Path("model/model_index.json").write_text(json.dumps(index))
-    assert "'model' cannot be run: `noise_predictor` reduces" in run_command("info", "model", status=1)
-    assert "`noise_predictor` reduces" in run_command(
+    assert "'model' cannot be run: `noise_predictor` must reduce" in run_command("info", "model", status=1)
+    assert "`noise_predictor` must reduce" in run_command(
         "convert", "model/noise_predictor", "--base", "model", "-o", "b", status=1
     )
     assert not Path("b").exists()

@@ -106,6 +106,8 @@ def upscale(
     if waiting:
         # 2. The model
         pipe = load_pipeline(model, *choose_device(device, dtype))
+        if pipe.text_encoder is not None:
+            pipe.drop_text_encoder()  # or else each image would embed the same prompts
         options = {
             "num_steps": steps,
             "start_timestep": start_timestep,
@@ -171,28 +173,7 @@ def plan_upscaling(inputs: list[str], out: Path, image_format: str, suffix: str)
 def check_options(pipe: "InvSRPipeline", options: dict):
     """Raise a usage error for options that the pipeline refuses for every image."""
     try:
-        pipe.scheduler.set_timesteps(options["num_steps"], start_timestep=options["start_timestep"])
-        pipe.check_inputs(
-            num_images=1,
-            num_steps=options["num_steps"],
-            scale=options["scale"],
-            target_size=None,
-            prompt=None,
-            negative_prompt=None,
-            guidance_scale=1.0,
-            eta=0.0,
-            tile_size=options["tile_size"],
-            tile_overlap=options["tile_overlap"],
-            tile_window=None,
-            tile_batch_size=options["tile_batch_size"],
-            color_fix=options["color_fix"],
-            generator=None,
-            prompt_embeds=None,
-            negative_prompt_embeds=None,
-            output_type="pil",
-            callback_on_step_end=None,
-            callback_on_step_end_tensor_inputs=[],
-        )
+        pipe.check_inputs(**options)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

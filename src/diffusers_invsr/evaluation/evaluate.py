@@ -1,7 +1,6 @@
 """Running a model on a test set at one or several schedules, and measuring the results (section 4 of the paper)."""
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -65,16 +64,15 @@ class Sampling:
         """Raise a `ValueError` for settings that the pipeline refuses for every image."""
         if not is_integer(self.seed) or not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"`seed` must be an integer between 0 and {MAX_SEED}, got {self.seed!r}.")
-        defaults = inspect.signature(pipe.__call__).parameters
-        names = [name for name in inspect.signature(pipe.check_inputs).parameters if name in defaults]
-        arguments = {name: getattr(self, name, defaults[name].default) for name in names}
-        pipe.check_inputs(num_images=1, **arguments)
+        pipe.check_inputs(**self._arguments())
 
     def run(self, pipe: "InvSRPipeline", lr: Image.Image, timesteps: list[int]) -> Image.Image:
         """The pipeline's result for an LR image at a schedule."""
-        arguments = {name: value for name, value in vars(self).items() if name != "seed"}
         generator = torch.Generator().manual_seed(self.seed)
-        return pipe(lr, timesteps=timesteps, generator=generator, **arguments).images[0]
+        return pipe(lr, timesteps=timesteps, generator=generator, **self._arguments()).images[0]
+
+    def _arguments(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "seed"}
 
 
 @dataclass
