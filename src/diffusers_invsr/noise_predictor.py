@@ -34,6 +34,20 @@ class InvSRNoisePredictorOutput(BaseOutput):
     moments: torch.Tensor | None = None
 
 
+def draw(dist: DiagonalGaussianDistribution, noise: torch.Tensor) -> torch.Tensor:
+    r"""
+    Draw from a Gaussian distribution in float32: mean + exp(logvar / 2) · ξ.
+
+    Args:
+        dist (`DiagonalGaussianDistribution`): `mean` and `logvar` of shape `(batch, channels, height, width)`.
+        noise (`torch.Tensor`): ξ, standard Gaussian noise of the same shape.
+
+    Returns:
+        `torch.Tensor`: The sample, of the same shape, in float32.
+    """
+    return dist.mean.float() + torch.exp(0.5 * dist.logvar.float()) * noise
+
+
 class NoiseEncoder(nn.Module):
     """Time-conditioned encoder with the module names of the published checkpoint. Arguments as in the predictor."""
 

@@ -5,6 +5,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from ..devices import dtype_of
+from ..noise_predictor import draw
 from .latent_cache import LatentCache
 
 
@@ -54,6 +55,5 @@ def draw_latents(vae: AutoencoderKL | AutoencoderTiny, posterior: torch.Tensor, 
     """
     latents = posterior.float()
     if latents.shape[1] == 2 * noise.shape[1]:
-        dist = DiagonalGaussianDistribution(latents)
-        latents = dist.mean + dist.std * noise
+        latents = draw(DiagonalGaussianDistribution(latents), noise)
     return vae.config.scaling_factor * latents

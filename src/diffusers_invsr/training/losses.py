@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..devices import dtype_of
-from ..noise_predictor import InvSRNoisePredictor
+from ..noise_predictor import InvSRNoisePredictor, draw
 from ..scheduling_invsr import InvSRScheduler
 
 
@@ -56,8 +56,7 @@ def one_step_estimate(
             f"`scheduler` has to have `prediction_type='epsilon'`, but has {scheduler.config['prediction_type']!r}."
         )
     alphas = scheduler.alphas_cumprod.to(lr.device)[timesteps].view(-1, 1, 1, 1)
-    noise_dist = noise_predictor(2 * lr - 1, timesteps).latent_dist
-    noise_map = noise_dist.mean.float() + torch.exp(0.5 * noise_dist.logvar.float()) * noise
+    noise_map = draw(noise_predictor(2 * lr - 1, timesteps).latent_dist, noise)
     latents = alphas.sqrt() * lr_latents + (1 - alphas).sqrt() * noise_map
     if prompt_embeds is not None:
         prompt_embeds = prompt_embeds.expand(len(lr), -1, -1)
