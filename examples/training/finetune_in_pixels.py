@@ -65,8 +65,8 @@ from diffusers_invsr.training import (
     one_step_estimate,
     parse_settings,
     read_log,
+    require_at_least,
     require_norm,
-    require_positive,
     setting,
     settings_table,
     training_errors,
@@ -126,11 +126,9 @@ def parse_args(argv: list[str]) -> tuple[Settings, list[DegradationSettings]]:
         parser.error("`--model` must name the pipeline to start from.")
     if not settings.train_data:
         parser.error("`--train_data` must name at least one source of images.")
-    if settings.extra_layers < 0:
-        parser.error(f"`--extra_layers` must be 0 or more, got {settings.extra_layers}.")
-    require_positive(
-        parser, settings, "max_iterations", "batch_size", "log_every", "validate_every", "checkpoint_every"
-    )
+    require_at_least(0, parser, settings, "extra_layers", "num_workers")
+    require_at_least(1, parser, settings, "max_iterations", "batch_size")
+    require_at_least(1, parser, settings, "log_every", "validate_every", "checkpoint_every")
     require_norm(parser, settings.max_grad_norm)
     if settings.also_degraded_by is not None:
         degradations += parse_settings(HfArgumentParser(DegradationSettings, usage=usage), [settings.also_degraded_by])

@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None):
         parser.error(f"`--hr {arguments.hr}` could not be read as an image: {error}")
     if not degradation.min_size <= crop <= min(photo.size):
         parser.error(
-            f"`--crop` must be between {degradation.min_size} and {min(photo.size)}, the photograph's shorter side, got"
-            f" {arguments.crop}."
+            f"`--crop` must be between {degradation.min_size} and {min(photo.size)}, the photograph's shorter side,"
+            f" got {arguments.crop}."
         )
     left, top = (photo.width - crop) // 2, (photo.height - crop) // 2
     photo = photo.crop((left, top, left + crop, top + crop))

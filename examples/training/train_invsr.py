@@ -94,8 +94,8 @@ from diffusers_invsr.training import (
     parse_settings,
     plain_config,
     read_log,
+    require_at_least,
     require_norm,
-    require_positive,
     setting,
     settings_table,
     training_errors,
@@ -194,8 +194,10 @@ def parse_args(argv: list[str]) -> Settings:
 
     if not data.train_data:
         parser.error("`--train_data` must name at least one source of images.")
-    require_positive(parser, run, "max_iterations", "batch_size", "gradient_accumulation_steps", "max_skipped_steps")
-    require_positive(parser, run, "log_every", "validate_every", "checkpoint_every", "keep_checkpoints")
+    require_at_least(0, parser, data, "pool_batches", "num_workers")
+    require_at_least(1, parser, run, "max_iterations", "batch_size", "gradient_accumulation_steps")
+    require_at_least(1, parser, run, "log_every", "validate_every", "checkpoint_every", "keep_checkpoints")
+    require_at_least(1, parser, run, "max_skipped_steps")
     require_norm(parser, run.max_grad_norm)
     starts = run.start_timesteps
     if not starts or not all(isinstance(start, int) and 1 <= start <= 1000 for start in starts):
@@ -242,10 +244,9 @@ def build_accelerators(run: RunSettings) -> tuple[Accelerator, Accelerator]:
 
 def check_output_folder(run: RunSettings, checkpoints: Checkpoints):
     """A folder with checkpoints is for resuming one of them, not for another run."""
-    inside = run.resume == "latest" or (
-        run.resume and Path(run.resume).resolve().parent == checkpoints.folder.resolve()
-    )
-    if not inside and checkpoints.list():
+    folder = checkpoints.folder.resolve()
+    resumes_here = run.resume and (run.resume == "latest" or Path(run.resume).resolve().parent == folder)
+    if not resumes_here and checkpoints.list():
         raise TrainingError(
             f"`output_dir={run.output_dir!r}` has checkpoints of another run: resume it with `--resume latest`, or"
             " choose another folder."
@@ -269,7 +270,7 @@ def check_hub_access(repository: str):
 
 @dataclass
 class Models:
-    """What computes the losses. Trained networks are as the accelerators prepared them."""
+    """What is trained, as the accelerators prepared it, and what computes the losses."""
 
     accelerator: Accelerator
     dis_accelerator: Accelerator
@@ -640,16 +641,16 @@ def validate(models: Models, validation: ValidationSet | None, state: RunState):
 
 
 def train(settings: Settings):
-    # 7.1 Build
+    # 7.1 Build. Here any ValueError or OSError comes from a setting, or from a file or Hub id that it names
     run = settings.run
-    accelerator, dis_accelerator = build_accelerators(run)
-    checkpoints = Checkpoints(Path(run.output_dir), accelerator, run.keep_checkpoints)
-    check_output_folder(run, checkpoints)
-    if run.push_to_hub and accelerator.is_main_process:
-        check_hub_access(run.hub_model_id or checkpoints.folder.name)
-    checkpoints.folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(run.seed)
-    with training_errors():  # of files, folders, Hub ids and configurations that the settings name
+    with training_errors():
+        accelerator, dis_accelerator = build_accelerators(run)
+        checkpoints = Checkpoints(Path(run.output_dir), accelerator, run.keep_checkpoints)
+        check_output_folder(run, checkpoints)
+        if run.push_to_hub and accelerator.is_main_process:
+            check_hub_access(run.hub_model_id or checkpoints.folder.name)
+        checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(run.seed)
         models = build_models(settings, accelerator, dis_accelerator)
         data = build_data(settings, accelerator, models.pipe)
     state = RunState(settings, models, data, checkpoints)

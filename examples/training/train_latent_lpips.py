@@ -45,7 +45,7 @@ from diffusers_invsr.training import (
     TrainingError,
     check_unchanged,
     parse_settings,
-    require_positive,
+    require_at_least,
     setting,
     training_errors,
 )
@@ -86,7 +86,7 @@ class TrainingSettings:
 def parse_args(argv: list[str]) -> tuple[ModelSettings, TrainingSettings]:
     parser = HfArgumentParser((ModelSettings, TrainingSettings), description="Train the latent LPIPS.")
     model, training = parse_settings(parser, argv)
-    require_positive(parser, training, "batch_size")
+    require_at_least(1, parser, training, "batch_size")
     if min(training.epochs, training.decay_epochs) < 0 or training.epochs + training.decay_epochs == 0:
         parser.error(
             "`--epochs` and `--decay_epochs` must be 0 or more and not both 0, got"

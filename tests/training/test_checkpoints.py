@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from runs import reset_accelerate
 
 from diffusers_invsr.files import write_atomically
 from diffusers_invsr.training.checkpoints import Checkpoints
@@ -12,7 +13,8 @@ from diffusers_invsr.training.logs import RunLog, StepwiseMeter, read_log
 
 @pytest.fixture(scope="module")
 def accelerator():
-    return Accelerator(cpu=True)
+    yield Accelerator(cpu=True)
+    reset_accelerate()
 
 
 def save(checkpoints, iteration, content=b"new"):

@@ -181,7 +181,7 @@ def test_wrong_settings_are_named(capsys, tmp_path, monkeypatch):
         (["missing.yaml"], "there is no settings file 'missing.yaml'"),
         ([SETTINGS[0], "--model", "tiny"], "`--train_data` must name at least one source"),
         (SETTINGS, "`--model` must name the pipeline"),
-        (command(extra_layers=-1), "`--extra_layers` must be 0 or more, got -1"),
+        (command(extra_layers=-1), "`--extra_layers` must be at least 0, got -1"),
         (command(batch_size=0), "`--batch_size` must be at least 1, got 0"),
         (command(max_grad_norm=-1), "`--max_grad_norm` must be greater than 0, got -1.0"),
         (command(also_degraded_by="missing.yaml"), "there is no settings file 'missing.yaml'"),

@@ -481,6 +481,7 @@ def test_wrong_options_are_refused(settings, capsys, tmp_path):
     """Before models are loaded, with the usage; after that, with one sentence."""
     wrong = {
         "--batch_size 0": "`--batch_size` must be at least 1, got 0.",
+        "--num_workers -1": "`--num_workers` must be at least 0, got -1.",
         "--max_grad_norm 0": "`--max_grad_norm` must be greater than 0, got 0.0.",
         "--max_grad_norm nan": "`--max_grad_norm` must be greater than 0, got nan.",
         "--start_timesteps 200 200": "`--start_timesteps` must be different from each other, got [200, 200].",
@@ -489,6 +490,7 @@ def test_wrong_options_are_refused(settings, capsys, tmp_path):
         "--lpips_weight 1 --latent_lpips=": "`--latent_lpips` is required unless `--lpips_weight 0`",
         "--no-such-setting 1": "unknown setting: --no-such-setting 1.",
         "--resize_factor 0.5 0.1": "`resize_factor`",
+        "--mixed_precision half": "Unknown mixed_precision mode: half",
         "--resume nowhere": "`resume='nowhere'` has no undamaged checkpoint (nowhere: there is no such folder).",
         "--crop_size 32": "`crop_size` must be a multiple of 4 and at least 56, got 32.",
         "--discriminator nowhere": "`discriminator` must be an existing folder, got 'nowhere'.",

@@ -322,8 +322,9 @@ def test_folder_without_a_usable_image_is_an_error(tmp_path, num_workers):
     (tmp_path / "b.png").write_text("text")
     Image.new("RGB", (3, 3)).save(tmp_path / "c.png")
     loader = make_loader(CropDataset([str(tmp_path)], CROP), 1, num_workers=num_workers)
-    with pytest.raises(ValueError, match="no usable image: 2 not an image, 1 smaller than 16"):
+    with pytest.raises(TrainingError) as error:
         next(iter(loader))
+    assert str(error.value) == "`sources` has no usable image: 2 not an image, 1 smaller than 16."
 
 
 def test_report_counts_each_file_once_and_is_restored():

@@ -5,7 +5,17 @@ from contextlib import contextmanager
 
 
 class TrainingError(ValueError):
-    """A setting, a file or data that the user can change. The message is a sentence that says which and how."""
+    """
+    Something that the user can correct: a setting, a file or the data. The message is a sentence that says what.
+
+    Args:
+        message (`str`):
+            The sentence. A `DataLoader` raises the errors of its workers again with their traceback as message, of
+            which the sentence is the end.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.rpartition("TrainingError: ")[2].strip())
 
 
 @contextmanager

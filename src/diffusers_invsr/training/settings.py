@@ -100,11 +100,11 @@ def _as_argument(value: Any, kind: type | str, optional: bool) -> Any:
     return str(value) if isinstance(value, (bool, int, float)) else value
 
 
-def require_positive(parser: HfArgumentParser, settings: Any, *names: str):
-    """Exit with the usage and a message unless these settings are 1 or more."""
+def require_at_least(minimum: int, parser: HfArgumentParser, settings: Any, *names: str):
+    """Exit with the usage and a message if one of these settings is less than the minimum."""
     for name in names:
-        if getattr(settings, name) < 1:
-            parser.error(f"`--{name}` must be at least 1, got {getattr(settings, name)}.")
+        if getattr(settings, name) < minimum:
+            parser.error(f"`--{name}` must be at least {minimum}, got {getattr(settings, name)}.")
 
 
 def require_norm(parser: HfArgumentParser, max_grad_norm: float | None):
