@@ -76,18 +76,9 @@ from diffusers_invsr.training import (
 
 CLEAN_SHARE = 4  # one in so many images is also decoded from its own latents
 MAX_SKIPPED_STEPS = 25  # in a row; the first ones of float16 are, until its scale fits
-FREE_SETTINGS = (  # of a resumed run: those that do not change the weights
-    "also_degraded_by",  # it is compared by its content
-    "output_dir",
-    "resume",
-    "num_workers",
-    "cuda_graphs",
-    "validation_data",
-    "validation_size",
-    "log_every",
-    "validate_every",
-    "checkpoint_every",
-)
+# Of a resumed run: what does not change the weights, and `also_degraded_by`, which is compared by its content
+FREE_SETTINGS = ("output_dir", "resume", "num_workers", "cuda_graphs", "validation_data", "validation_size")
+FREE_SETTINGS += ("log_every", "validate_every", "checkpoint_every", "also_degraded_by")
 
 
 @dataclass
@@ -261,7 +252,8 @@ def make_batches(
 def finetune(settings: Settings, degradation_settings: list[DegradationSettings]):
     # 1. Where the run stands
     handlers = [InitProcessGroupKwargs(timeout=timedelta(hours=2))]  # the other processes wait while one validates
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision, kwargs_handlers=handlers)
+    with training_errors():
+        accelerator = Accelerator(mixed_precision=settings.mixed_precision, kwargs_handlers=handlers)
     device, on_cuda = accelerator.device, accelerator.device.type == "cuda"
     if device.type == "cpu":
         keep_freed_memory()
@@ -316,8 +308,9 @@ def finetune(settings: Settings, degradation_settings: list[DegradationSettings]
     batches = make_batches(iter(loader), numbers, pipe, degradations, settings, accelerator, skip_report)
     bar = tqdm(total=settings.max_iterations, initial=iteration, disable=not accelerator.is_main_process)
     sums, counted, skipped = {}, 0, 0
-    if iteration == 0:
-        validate(validation, pipe, ema, parameters, log, iteration, accelerator)
+    if iteration == 0 and validation is not None:
+        log.append(0, validate(validation, pipe, ema, parameters))
+    accelerator.wait_for_everyone()
     for hr, *inputs in prefetch(batches, device):
         estimates, reconstructions = model(*inputs)
         losses = {
@@ -346,7 +339,9 @@ def finetune(settings: Settings, degradation_settings: list[DegradationSettings]
             if log is not None:
                 log.append(iteration, means | {"learning_rate": schedule.get_last_lr()[0]})
         if iteration % settings.validate_every == 0 or finished:
-            validate(validation, pipe, ema, parameters, log, iteration, accelerator)
+            if validation is not None:
+                log.append(iteration, validate(validation, pipe, ema, parameters))
+            accelerator.wait_for_everyone()
         if iteration % settings.checkpoint_every == 0 or finished:
             with checkpoints.save(iteration) as folder:
                 accelerator.save_state(str(folder))
@@ -376,22 +371,14 @@ def finetune(settings: Settings, degradation_settings: list[DegradationSettings]
 
 
 def validate(
-    validation: ValidationSet | None,
-    pipe: InvSRPipeline,
-    ema: EMAModel,
-    parameters: list[nn.Parameter],
-    log: RunLog | None,
-    iteration: int,
-    accelerator: Accelerator,
-):
-    """Measure the averaged weights in the main process, and leave the trained ones as they are."""
-    if validation is not None:
-        ema.store(parameters)
-        ema.copy_to(parameters)
-        metrics, _ = validation.measure(pipe)
-        ema.restore(parameters)
-        log.append(iteration, metrics)
-    accelerator.wait_for_everyone()
+    validation: ValidationSet, pipe: InvSRPipeline, ema: EMAModel, parameters: list[nn.Parameter]
+) -> dict[str, float]:
+    """Metrics of the averaged weights, by name. The trained ones stay as they are."""
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    metrics, _ = validation.measure(pipe)
+    ema.restore(parameters)
+    return metrics
 
 
 def main(argv: list[str] | None = None):
