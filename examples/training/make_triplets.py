@@ -4,10 +4,10 @@ Make triplets in BAPPS' layout from photographs, for `train_latent_lpips.py` whe
 
     python make_triplets.py --photos kodak/ --patterns 'kodim0?.png' 'kodim1[0-6].png' --output triplets/
 
-A triplet is a patch (`ref`) and two distorted versions of it (`p0`, `p1`): the same kind of distortion, once weaker
-and once stronger. The judgement says that the weaker one is closer. **True by construction: nobody was asked.** It
-teaches a metric to order strengths within a kind of distortion, and nothing of how people weigh one kind against
-another. For a metric that agrees with people, train on BAPPS (https://github.com/richzhang/PerceptualSimilarity).
+A triplet is a patch (`ref`) and two versions of it (`p0`, `p1`) with the same kind of distortion, one weaker and one
+stronger. The judgement says that the weaker one is closer. **It is true by construction: nobody was asked.**
+It teaches a metric to order strengths within a kind of distortion, but not how people weigh one kind against another.
+For a metric that agrees with people, train on BAPPS (https://github.com/richzhang/PerceptualSimilarity).
 
 Layout: `<output>/<train|val>/<kind>/{ref,p0,p1}/000000.png` and `judge/000000.npy`, the share of those asked who
 prefer p1, here 0 or 1. All patches of a photograph are in the same split.
@@ -24,7 +24,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 
-FLAT = 6.0  # grey levels: patches of a smaller standard deviation are drawn anew, where a blur would change nothing
+FLAT = 6.0  # grey levels: patches with a smaller standard deviation are redrawn, for a blur would not change them
 ATTEMPTS = 100
 STRENGTH_RATIO = (1.1, 1.6)  # stronger to weaker
 
@@ -73,25 +73,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make triplets in BAPPS' layout, judged by construction.")
     parser.add_argument("--photos", type=Path, required=True, help="Folder of photographs.")
     parser.add_argument("--patterns", nargs="+", default=["*.png", "*.jpg"], help="Patterns of files in it.")
-    parser.add_argument("--output", type=Path, required=True, help="Folder to write; it may not exist yet.")
+    parser.add_argument("--output", type=Path, required=True, help="Folder to write; it must not exist yet.")
     parser.add_argument(
         "--val-photos", type=int, default=4, help="Photographs held out for validation, drawn at random."
     )
-    parser.add_argument("--patches", type=int, default=30, help="Triplets of each kind from each photograph.")
-    parser.add_argument("--size", type=int, default=64, help="Side of a patch in pixels (BAPPS: 64).")
+    parser.add_argument("--patches", type=int, default=30, help="Triplets of each kind per photograph.")
+    parser.add_argument("--size", type=int, default=64, help="Height and width of a patch in pixels (BAPPS: 64).")
     parser.add_argument("--seed", type=int, default=0, help="Seed of every random choice.")
     args = parser.parse_args(argv)
     if args.output.exists():
-        parser.error(f"`--output {args.output}` exists already: triplets of two runs may not be mixed.")
+        parser.error(f"`--output {args.output}` exists already: triplets of two runs must not be mixed.")
     if args.patches < 1 or args.size < 16:
-        parser.error(
-            f"`--patches` has to be 1 or more and `--size` 16 or more, but are {args.patches} and {args.size}."
-        )
+        parser.error(f"`--patches` must be at least 1 and `--size` at least 16, got {args.patches} and {args.size}.")
     args.files = sorted({file for pattern in args.patterns for file in args.photos.glob(pattern)})
     if not 0 < args.val_photos < len(args.files):
         parser.error(
-            f"`--val-photos` has to leave photographs to both splits, but is {args.val_photos} of the"
-            f" {len(args.files)} that `--patterns` match in {args.photos}."
+            f"`--val-photos` must leave photographs for both splits, got {args.val_photos} of the {len(args.files)}"
+            f" that `--patterns` match in {args.photos}."
         )
     return args
 
@@ -134,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         for i, file in enumerate(args.files):
             photo = np.asarray(Image.open(file).convert("RGB"))
             if min(photo.shape[:2]) < args.size:
-                raise SystemExit(f"{file} is smaller than `--size {args.size}`.")
+                raise SystemExit(f"{file} must be at least {args.size} pixels high and wide (`--size`).")
             split = "val" if i in held_out else "train"
             for kind in KINDS:
                 folder = root / split / kind

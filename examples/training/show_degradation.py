@@ -1,9 +1,9 @@
-"""What the degradation of the training does to a photograph: a contact sheet of random draws.
+"""Show what the training's degradation does to a photograph: a contact sheet of random draws.
 
     python examples/training/show_degradation.py --hr photo.png --output sheet.png --settings training
 
 The first picture is the middle of the photograph, the others are LR images of it, enlarged by repeating pixels, each
-with its strongest settings below it. Needs `pip install "diffusers-invsr[training]"`.
+with its main settings below it. Needs `pip install "diffusers-invsr[training]"`.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--draws", type=int, default=32, help="number of LR images")
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
     parser.add_argument("--settings", choices=SETTINGS, default="training", help="what to draw from")
-    parser.add_argument("--crop", type=int, default=256, help="side of the crop in pixels")
+    parser.add_argument("--crop", type=int, default=256, help="height and width of the crop in pixels")
     arguments = parser.parse_args(argv)
 
     degradation = Degradation(SETTINGS[arguments.settings]())
@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None):
     try:
         photo = Image.open(arguments.hr).convert("RGB")
     except OSError as error:
-        parser.error(f"--hr {arguments.hr} cannot be read as an image: {error}")
+        parser.error(f"`--hr {arguments.hr}` could not be read as an image: {error}")
     if not degradation.min_size <= crop <= min(photo.size):
         parser.error(
-            f"--crop has to be from {degradation.min_size} to the photograph's shorter side, {min(photo.size)}, but is"
-            f" {arguments.crop}."
+            f"`--crop` must be between {degradation.min_size} and {min(photo.size)}, the photograph's shorter side,"
+            f" got {arguments.crop}."
         )
     left, top = (photo.width - crop) // 2, (photo.height - crop) // 2
     photo = photo.crop((left, top, left + crop, top + crop))

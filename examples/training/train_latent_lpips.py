@@ -2,28 +2,29 @@
 """
 Train the latent LPIPS on judged triplets (section 3.3 of the InvSR paper; the recipe of LPIPS, arXiv 1801.03924).
 
-    # Published form: SD-Turbo's VAE and BAPPS (https://github.com/richzhang/PerceptualSimilarity, dataset/2afc)
+    # As published: SD-Turbo's VAE and BAPPS (https://github.com/richzhang/PerceptualSimilarity, dataset/2afc)
     python train_latent_lpips.py --data 2afc/ --vae stabilityai/sd-turbo --output_dir latent-lpips/
 
-    # A small one for the embedded model, from nothing: minutes on a CPU. It needs a higher learning rate.
+    # A small one for the embedded model, from random weights, in minutes on a CPU. It needs a higher learning rate.
     python make_triplets.py --photos kodak/ --patterns 'kodim0?.png' 'kodim1[0-6].png' --output triplets/
     python train_latent_lpips.py --data triplets/ --vae tiny --block_out_channels 16 32 64 64 64 \
         --learning_rate 1e-3 --epochs 4 --decay_epochs 2 --output_dir latent-lpips-tiny/
 
 A triplet is a reference and two distorted versions p0 and p1 of it; the judgement is the share of people who find p1
 closer. All three go through the frozen VAE encoder, the metric measures d0 = d(ref, p0) and d1 = d(ref, p1), a small
-network makes of (d0, d1) the probability that p1 is preferred, and cross-entropy compares it with the judgement.
+network turns (d0, d1) into the probability that p1 is preferred, and cross-entropy compares it with the judgement.
 
 Data: `<data>/<train|val>/.../<distortion>/{ref,p0,p1}/NAME.png` and `judge/NAME.npy`. Validation is the agreement with
 the judgements: the share of people who chose as the metric does, the mean over the distortions.
 
-Written to `output_dir`: the network (`save_pretrained`) and `metrics.json` after the last epoch, and `checkpoint.pt`
-after every epoch, from which `--resume` goes on.
+`output_dir` gets the network (`save_pretrained`) and `metrics.json` after the last epoch, and `checkpoint.pt` after
+every epoch, from which `--resume` continues.
 """
 
 import json
+import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,55 +40,59 @@ from transformers import HfArgumentParser
 
 from diffusers_invsr import TINY
 from diffusers_invsr.files import save_atomically, write_atomically
-from diffusers_invsr.training.latent_lpips import LatentLPIPS
+from diffusers_invsr.training import (
+    LatentLPIPS,
+    TrainingError,
+    check_unchanged,
+    parse_settings,
+    require_at_least,
+    setting,
+    training_errors,
+)
 
 
 PARTS = {"ref": ".png", "p0": ".png", "p1": ".png", "judge": ".npy"}
 NAMED_FAULTS = 5  # that a message lists
-FREE_SETTINGS = ("data", "vae", "vgg16", "output_dir", "num_workers", "resume")  # of a resumed run; paths may move
+FREE_SETTINGS = ("data", "vae", "vgg16", "output_dir", "num_workers", "resume")  # in a resumed run; paths may change
 
 
 @dataclass
-class ModelArguments:
-    vae: str = field(
-        metadata={"help": "`tiny`, or folder or Hub id: of a pipeline, whose part `vae` is taken, or of a VAE."}
+class ModelSettings:
+    vae: str = setting(
+        "`tiny`, or a folder or Hub id: of a pipeline, whose component `vae` is used, or of a VAE.", required=True
     )
-    block_out_channels: list[int] | None = field(
-        default=None,
-        metadata={"help": "Five widths of a network that starts at random. By default VGG16's, with its weights."},
+    block_out_channels: list[int] | None = setting(
+        "Five widths of a network with random weights. By default VGG16's, with its weights."
     )
-    vgg16: str | None = field(
-        default=None, metadata={"help": "File of torchvision's VGG16 weights; by default they are downloaded."}
-    )
-    train_trunk: bool = field(
-        default=True, metadata={"help": "Train all layers, as published, not only the linear ones."}
-    )
+    vgg16: str | None = setting("File of torchvision's VGG16 weights; by default they are downloaded.")
+    train_trunk: bool = setting("Train all layers, as published, not only the linear ones.", True)
 
 
 @dataclass
-class TrainArguments:
-    data: Path = field(metadata={"help": "Folder with `train` and `val` in BAPPS' layout."})
-    output_dir: Path = field(metadata={"help": "Folder for the network, metrics and checkpoint."})
-    resolution: int = field(default=64, metadata={"help": "Side in pixels that patches are resized to."})
-    batch_size: int = field(default=50, metadata={"help": "Triplets of an iteration, on each process."})
-    epochs: int = field(default=5, metadata={"help": "Epochs at the full learning rate."})
-    decay_epochs: int = field(default=5, metadata={"help": "Further epochs while it falls to zero linearly."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of Adam."})
-    mixed_precision: str = field(default="no", metadata={"help": "`no`, `fp16` or `bf16`."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, order and dropout."})
-    resume: bool = field(
-        default=False, metadata={"help": "Go on from the checkpoint in `output_dir`, if there is one."}
-    )
+class TrainingSettings:
+    data: Path = setting("Folder with `train` and `val` in BAPPS' layout.", required=True)
+    output_dir: Path = setting("Folder for the network, metrics and checkpoint.", required=True)
+    resolution: int = setting("Height and width in pixels that patches are resized to.", 64)
+    batch_size: int = setting("Triplets per batch and process.", 50)
+    epochs: int = setting("Epochs at the full learning rate.", 5)
+    decay_epochs: int = setting("Further epochs in which it falls to zero linearly.", 5)
+    learning_rate: float = setting("Learning rate of Adam.", 1e-4)
+    mixed_precision: str = setting("`no`, `fp16` or `bf16`.", "no")
+    num_workers: int = setting("Processes that load images, per training process.", 0)
+    seed: int = setting("Seed of weights, order and dropout.", 0)
+    resume: bool = setting("Resume from the checkpoint in `output_dir`, if there is one.", False)
 
-    def __post_init__(self):
-        if self.epochs < 0 or self.decay_epochs < 0 or self.epochs + self.decay_epochs < 1:
-            raise ValueError(
-                f"`epochs` and `decay_epochs` have to be 0 or more and not both 0, but are {self.epochs} and"
-                f" {self.decay_epochs}."
-            )
-        if self.batch_size < 1:
-            raise ValueError(f"`batch_size` has to be 1 or more, but is {self.batch_size}.")
+
+def parse_args(argv: list[str]) -> tuple[ModelSettings, TrainingSettings]:
+    parser = HfArgumentParser((ModelSettings, TrainingSettings), description="Train the latent LPIPS.")
+    model, training = parse_settings(parser, argv)
+    require_at_least(1, parser, training, "batch_size")
+    if min(training.epochs, training.decay_epochs) < 0 or training.epochs + training.decay_epochs == 0:
+        parser.error(
+            "`--epochs` and `--decay_epochs` must be 0 or more and not both 0, got"
+            f" {training.epochs} and {training.decay_epochs}."
+        )
+    return model, training
 
 
 # Data
@@ -115,7 +120,7 @@ class Triplets(Dataset):
 
 
 def find_triplets(root: Path) -> tuple[dict[str, list[tuple[Path, str, float]]], list[str]]:
-    """The good triplets below a folder by distortion, as (folder, name, judgement), and the others' faults."""
+    """The good triplets in a folder by distortion, as (folder, name, judgement), and what is wrong with the others."""
     triplets, faults = {}, []
     for folder in sorted(path.parent for path in root.rglob("ref") if path.is_dir()):
         names = {file.stem for part, suffix in PARTS.items() for file in (folder / part).glob(f"*{suffix}")}
@@ -183,31 +188,23 @@ def validate(
     return agreement
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((ModelArguments, TrainArguments), description="Train the latent LPIPS.")
-    model_args, args = parser.parse_args_into_dataclasses(argv)
-
+def train(model_args: ModelSettings, args: TrainingSettings):
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(args.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    # Where it goes on
+    # Where the run stands
     checkpoint = args.output_dir / "checkpoint.pt"
     settings = {**asdict(model_args), **asdict(args)}
-    course = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
+    fixed = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
     if checkpoint.is_file():
         if not args.resume:
-            raise SystemExit(
-                f"`output_dir={str(args.output_dir)!r}` holds a checkpoint of another run: continue it with"
-                " `--resume`, or choose another folder."
+            raise TrainingError(
+                f"`output_dir={str(args.output_dir)!r}` has a checkpoint of another run: resume it with `--resume`, or"
+                " choose another folder."
             )
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        for name, value in state.get("course", course).items():
-            if course[name] != value:
-                raise SystemExit(
-                    f"`{name}={course[name]}` contradicts the run to resume, where it is {value}: choose another"
-                    " folder."
-                )
+        check_unchanged(fixed, state["fixed"])
 
     # Data
     triplets, faults = {}, []
@@ -215,13 +212,13 @@ def main(argv: list[str] | None = None) -> None:
         triplets[split], found = find_triplets(args.data / split)
         faults += found
         if not triplets[split]:
-            raise SystemExit(
-                f"{args.data / split} has to hold triplets in BAPPS' layout (`<distortion>/ref/*.png`, `p0`, `p1`,"
-                f" `judge/*.npy`), but has none{f' that is whole: {faults[0]}' if faults else ''}."
+            raise TrainingError(
+                f"{args.data / split} must have triplets in BAPPS' layout (`<distortion>/ref/*.png`, `p0`, `p1`,"
+                f" `judge/*.npy`), but has none{f' that is complete: {faults[0]}' if faults else ''}."
             )
     if faults:
         listed = "; ".join(faults[:NAMED_FAULTS]) + ("; ..." if len(faults) > NAMED_FAULTS else "")
-        accelerator.print(f"Leaves out {len(faults)} bad triplets: {listed}")
+        accelerator.print(f"Skipped {len(faults)} bad triplets: {listed}")
     train_set = Triplets([entry for entries in triplets["train"].values() for entry in entries], args.resolution)
     loader_settings = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     order = torch.Generator()
@@ -232,12 +229,13 @@ def main(argv: list[str] | None = None) -> None:
     }
 
     # Models: the frozen encoder, the metric, and the small network that turns two distances into a preference
-    vae = load_vae(model_args.vae).to(accelerator.device).eval().requires_grad_(False)
-    in_channels = vae.config.latent_channels
-    if model_args.block_out_channels is None:
-        metric = LatentLPIPS.from_vgg16(model_args.vgg16, in_channels)
-    else:
-        metric = LatentLPIPS(in_channels, tuple(model_args.block_out_channels))
+    with training_errors():  # of files, folders and Hub ids that the settings name
+        vae = load_vae(model_args.vae).to(accelerator.device).eval().requires_grad_(False)
+        in_channels = vae.config.latent_channels
+        if model_args.block_out_channels is None:
+            metric = LatentLPIPS.from_vgg16(model_args.vgg16, in_channels)
+        else:
+            metric = LatentLPIPS(in_channels, tuple(model_args.block_out_channels))
     metric.net.requires_grad_(model_args.train_trunk)
     preference = Dist2LogitLayer()
 
@@ -285,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.print(json.dumps(record))
         if accelerator.is_main_process:
             state = {name: obj.state_dict() for name, obj in stateful.items()}
-            save_atomically({**state, "history": history, "course": course}, checkpoint)
+            save_atomically({**state, "history": history, "fixed": fixed}, checkpoint)
 
     if accelerator.is_main_process:
         unwrapped["metric"].save_pretrained(args.output_dir)
@@ -300,6 +298,13 @@ def main(argv: list[str] | None = None) -> None:
         write_atomically(args.output_dir / "metrics.json", json.dumps(metrics, indent=2, default=str) + "\n")
     accelerator.print(f"Agreement {history[0]['agreement']['mean']:.3f} -> {history[-1]['agreement']['mean']:.3f}")
     accelerator.end_training()
+
+
+def main(argv: list[str] | None = None):
+    try:
+        train(*parse_args(sys.argv[1:] if argv is None else argv))
+    except TrainingError as error:  # a sentence for the user; anything else is a bug, with its traceback
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -35,7 +35,16 @@ class InvSRNoisePredictorOutput(BaseOutput):
 
 
 def draw(dist: DiagonalGaussianDistribution, noise: torch.Tensor) -> torch.Tensor:
-    """`mean + exp(logvar / 2) * noise`, in float32 whatever the network's number type."""
+    r"""
+    Draw from a Gaussian distribution in float32: mean + exp(logvar / 2) · ξ.
+
+    Args:
+        dist (`DiagonalGaussianDistribution`): `mean` and `logvar` of shape `(batch, channels, height, width)`.
+        noise (`torch.Tensor`): ξ, standard Gaussian noise of the same shape.
+
+    Returns:
+        `torch.Tensor`: The sample, of the same shape, in float32.
+    """
     return dist.mean.float() + torch.exp(0.5 * dist.logvar.float()) * noise
 
 

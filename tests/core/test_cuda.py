@@ -109,9 +109,9 @@ def test_networks_learn_as_cuda_graphs_what_they_learn_without(
     command += ["--train_data", str(FIXTURES / "photos")]
     command += ["--crop_size", "64", "--batch_size", "2", "--num_workers", "0", "--max_iterations", "6"]
     command += ["--warmup_iterations", "0", "--log_every", "1", "--mixed_precision", precision]
-    replays, replay, norms, descend, losses = [], torch.cuda.CUDAGraph.replay, [], finetune.descend, {}
+    replays, replay, norms, step, losses = [], torch.cuda.CUDAGraph.replay, [], finetune.clipped_step, {}
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: [replays.append(graph), replay(graph)][1])
-    monkeypatch.setattr(finetune, "descend", lambda *args: norms.append(descend(*args)) or norms[-1])
+    monkeypatch.setattr(finetune, "clipped_step", lambda *args: norms.append(step(*args)) or norms[-1])
     for name, option in (("graphs", "--cuda_graphs"), ("eager", "--no_cuda_graphs")):
         finetune.main([*command, option, "--output_dir", str(tmp_path / name)])
         log = read_log(tmp_path / name / "log.jsonl")
@@ -132,7 +132,7 @@ def test_batches_that_are_prepared_aside_are_the_same(monkeypatch):
 
     expected = [tuple(tensor.cpu() for tensor in prepare(number)) for number in range(4)]
     results = []
-    for batch in prefetch(prepare, range(4), device):
+    for batch in prefetch(map(prepare, range(4)), device):
         for _ in range(50):
             weight @ weight
         results.append(tuple(tensor.clone() for tensor in batch))

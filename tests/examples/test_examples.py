@@ -288,7 +288,7 @@ def test_a_sheet_of_degradations(photos, tmp_path, capsys):
     for crop in ("20", "128"):
         with pytest.raises(SystemExit):
             show_degradation.main([*arguments, "--crop", crop])
-        message = f"--crop has to be from 56 to the photograph's shorter side, 64, but is {crop}"
+        message = f"`--crop` must be between 56 and 64, the photograph's shorter side, got {crop}"
         assert message in capsys.readouterr().err
 
 

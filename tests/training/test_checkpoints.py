@@ -3,22 +3,30 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from runs import reset_accelerate
 
 from diffusers_invsr.files import write_atomically
 from diffusers_invsr.training.checkpoints import Checkpoints
+from diffusers_invsr.training.errors import TrainingError
 from diffusers_invsr.training.logs import RunLog, StepwiseMeter, read_log
 
 
 @pytest.fixture(scope="module")
 def accelerator():
-    return Accelerator(cpu=True)
+    yield Accelerator(cpu=True)
+    reset_accelerate()
+
+
+def save(checkpoints, iteration, content=b"new"):
+    with checkpoints.save(iteration) as folder:
+        (folder / "state.bin").write_bytes(content)
 
 
 @pytest.fixture
 def checkpoints(tmp_path, accelerator):
     checkpoints = Checkpoints(tmp_path, accelerator, keep=3)
     for iteration in (5, 10, 100):
-        checkpoints.save(iteration, lambda folder: (folder / "state.bin").write_bytes(b"state" * 100))
+        save(checkpoints, iteration, b"state" * 100)
     return checkpoints
 
 
@@ -28,7 +36,7 @@ def names(paths):
 
 def test_last_ones_are_kept_in_numerical_order(checkpoints):
     assert names(checkpoints.list()) == ["checkpoint-5", "checkpoint-10", "checkpoint-100"]
-    checkpoints.save(101, lambda folder: (folder / "state.bin").write_bytes(b"new"))
+    save(checkpoints, 101)
     assert names(checkpoints.list()) == ["checkpoint-10", "checkpoint-100", "checkpoint-101"]
     assert checkpoints.find("latest").name == "checkpoint-101"
 
@@ -54,47 +62,44 @@ def cut_manifest(checkpoint):
 def test_a_damaged_one_falls_back_to_the_one_before(checkpoints, caplog, harm):
     harm(checkpoints.list()[-1])
     assert checkpoints.find("latest").name == "checkpoint-10"
-    assert "checkpoint-100" in caplog.text and "trying the one before" in caplog.text
-    with pytest.raises(ValueError, match="cannot be used.*checkpoint-100"):
+    assert "Skipping the checkpoint" in caplog.text and "checkpoint-100: " in caplog.text
+    with pytest.raises(TrainingError, match="has no undamaged checkpoint .*checkpoint-100: "):
         checkpoints.find(str(checkpoints.folder / "checkpoint-100"))
 
 
 def test_all_damaged_is_an_error_and_none_is_a_fresh_start(checkpoints, accelerator, tmp_path):
     for checkpoint in checkpoints.list():
         truncate(checkpoint)
-    with pytest.raises(ValueError, match="no checkpoint is whole"):
+    with pytest.raises(TrainingError, match="`resume='latest'` has no undamaged checkpoint"):
         checkpoints.find("latest")
     assert Checkpoints(tmp_path / "empty", accelerator).find("latest") is None
-    with pytest.raises(ValueError, match="there is no such folder"):
+    with pytest.raises(TrainingError, match="there is no such folder"):
         checkpoints.find(str(tmp_path / "nowhere"))
 
 
 def test_a_checkpoint_that_was_interrupted_does_not_count(checkpoints):
-    def fail(folder):
+    with pytest.raises(KeyboardInterrupt), checkpoints.save(200) as folder:
         (folder / "state.bin").write_bytes(b"half")
         raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.save(200, fail)
     assert checkpoints.find("latest").name == "checkpoint-100"
-    checkpoints.save(201, lambda folder: (folder / "state.bin").write_bytes(b"whole"))
+    save(checkpoints, 201)
     assert [path.name for path in checkpoints.folder.glob(".*")] == []
 
 
 def test_a_damaged_one_is_replaced_when_its_iteration_comes_again(checkpoints):
     truncate(checkpoints.list()[-1])
-    checkpoints.save(100, lambda folder: (folder / "state.bin").write_bytes(b"new"))
+    save(checkpoints, 100)
     assert (checkpoints.find("latest") / "state.bin").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_going_on_from_an_earlier_one_leaves_the_later_ones_behind(tmp_path, accelerator, keep):
+def test_resuming_from_an_earlier_one_removes_the_later_ones(tmp_path, accelerator, keep):
     """Otherwise the new one would count as the oldest and be removed, and `latest` would be what the run has left."""
     checkpoints = Checkpoints(tmp_path, accelerator, keep)
     for iteration in (80, 90, 100):
-        Checkpoints(tmp_path, accelerator).save(iteration, lambda folder: (folder / "state.bin").write_bytes(b"old"))
-    saved = checkpoints.save(85, lambda folder: (folder / "state.bin").write_bytes(b"new"))
-    assert checkpoints.find("latest") == saved and saved.name == "checkpoint-85"
+        save(Checkpoints(tmp_path, accelerator), iteration, b"old")
+    save(checkpoints, 85)
+    assert checkpoints.find("latest") == checkpoints.path(85) and checkpoints.path(85).name == "checkpoint-85"
     assert names(checkpoints.list()) == ["checkpoint-80", "checkpoint-85"][-keep:]
 
 
@@ -127,7 +132,7 @@ def test_meter_takes_other_starting_steps(accelerator):
     assert meter.compute(accelerator) == {"l2": 2.0, "l2/400": 1.0, "l2/50": 3.0}
 
 
-def test_log_is_cut_where_the_run_goes_on(tmp_path):
+def test_log_is_cut_where_the_run_resumes(tmp_path):
     file = tmp_path / "log.jsonl"
     file.write_text('{"iteration": 0, "left": "by a run that never saved"}\n')
     log = RunLog(file)

@@ -18,6 +18,9 @@ import finetune_in_pixels  # noqa: E402
 from diffusers_invsr.training import (  # noqa: E402
     Degradation,
     ValidationSet,
+    batch_generator,
+    deepen,
+    degrade_batch,
     list_files,
     make_dataset,
     make_loader,
@@ -36,9 +39,8 @@ OPTIONS = {
     "max_iterations": 4,
     "checkpoint_every": 2,
     "log_every": 1,
-    "validation_data": FIXTURES / "photos[:1]",
-    "validation_size": 64,
 }
+VALIDATION = {"validation_data": FIXTURES / "photos[:1]", "validation_size": 64}
 
 
 def weights(folder: Path | str) -> dict[str, torch.Tensor]:
@@ -53,7 +55,7 @@ def command(**options) -> list[str]:
 
 def test_the_decoder_and_the_predictor_learn_and_a_resumed_run_is_the_same(tmp_path):
     """The latter with the last checkpoint lost, as if the run had been killed at iteration 3."""
-    one_degradation = command(output_dir=tmp_path, learning_rate=1e-3, warmup_iterations=1)
+    one_degradation = command(output_dir=tmp_path, learning_rate=1e-3, warmup_iterations=1, **VALIDATION)
     run = [*one_degradation, "--also_degraded_by", str(SIMPLE)]
     finetune_in_pixels.main(run)
     trained, log = weights(tmp_path / "pipeline"), read_log(tmp_path / "log.jsonl")
@@ -70,14 +72,16 @@ def test_the_decoder_and_the_predictor_learn_and_a_resumed_run_is_the_same(tmp_p
     assert max((value - trained[name]).abs().max() for name, value in last.items()) > 1e-4
 
     (tmp_path / "checkpoint-4").rename(tmp_path / "lost")
-    with pytest.raises(SystemExit, match="holds checkpoints of another run"):
+    with pytest.raises(SystemExit, match="has checkpoints of another run: resume it with `--resume`"):
         finetune_in_pixels.main(run)
-    with pytest.raises(SystemExit, match="is of a run with other batch_size and learning_rate"):
-        finetune_in_pixels.main([*run, "--resume", "--learning_rate", "1", "--batch_size", "3"])
-    with pytest.raises(SystemExit, match="is of a run with other extra_layers"):
-        finetune_in_pixels.main([*run, "--resume", "--extra_layers", "1"])
-    with pytest.raises(SystemExit, match="is of a run with other also_degraded_by"):
-        finetune_in_pixels.main([*one_degradation, "--resume"])
+    for name, argv in {
+        "learning_rate": [*run, "--learning_rate", "1"],
+        "extra_layers": [*run, "--extra_layers", "1"],
+        "blur_sigma": [*run, "--blur_sigma", "1", "2"],
+        "also_degraded_by": one_degradation,
+    }.items():
+        with pytest.raises(SystemExit, match=f"`{name}` must stay the same in a resumed run: it was"):
+            finetune_in_pixels.main([*argv, "--resume"])
     finetune_in_pixels.main([*run, "--resume"])
     assert read_log(tmp_path / "log.jsonl") == log
     for name, value in weights(tmp_path / "pipeline").items():
@@ -91,8 +95,8 @@ def test_the_first_gradient_is_that_of_both_errors(tmp_path):
     pipe = InvSRPipeline.from_pretrained(TINY)
     finetune_in_pixels.freeze(pipe)
     hr = next(iter(make_loader(make_dataset([str(FIXTURES / "photos")], 64), 2)))["hr"].float() / 255
-    generator = finetune_in_pixels.batch_generator(0, 0)
-    lr = finetune_in_pixels.degrade(Degradation(degradation), hr, generator)
+    generator = batch_generator(0, 0)
+    lr = degrade_batch(Degradation(degradation), hr, generator)
     model = finetune_in_pixels.DecodedEstimate(pipe, None)
     estimates, clean = model(*finetune_in_pixels.make_inputs(pipe, hr, lr, generator))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -107,7 +111,7 @@ def test_the_first_gradient_is_that_of_both_errors(tmp_path):
 
 def test_it_ends_where_gradients_are_no_longer_finite(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune_in_pixels, "MAX_SKIPPED_STEPS", 2)
-    with pytest.raises(SystemExit, match="The gradients of 2 iterations in a row were not finite: lower"):
+    with pytest.raises(SystemExit, match="The gradients of 2 consecutive iterations were not finite: lower"):
         finetune_in_pixels.main(command(output_dir=tmp_path, learning_rate=1e30, warmup_iterations=0))
     assert not (tmp_path / "pipeline").exists()
 
@@ -133,7 +137,7 @@ def test_a_pipeline_of_sd_turbos_kind(tmp_path, capsys):
     (tmp_path / "images" / "cut.png").write_bytes(b"no image")
     options = {"model": tmp_path / "base", "train_data": tmp_path / "images", "output_dir": tmp_path / "run"}
     finetune_in_pixels.main(command(**options, max_iterations=2))
-    assert "skipped 1 files: 1 " in capsys.readouterr().err
+    assert "Skipped 1 files: 1 " in capsys.readouterr().err
     trained, before = weights(tmp_path / "run" / "pipeline"), weights(tmp_path / "base")
     changed = {name for name, value in trained.items() if not torch.equal(value, before[name].half().float())}
     assert changed and all(name.startswith(("noise_predictor", "vae.decoder", "vae.post_quant")) for name in changed)
@@ -152,7 +156,7 @@ def make_predictor(name: str) -> InvSRNoisePredictor:
 @pytest.mark.parametrize("name, layers", [("tiny", [26]), ("random", [3, 5]), ("one number for all", [2, 4])])
 def test_further_layers_change_nothing_before_they_learn(name, layers):
     before = make_predictor(name).eval()
-    deeper = finetune_in_pixels.deepen(before, 2)
+    deeper = deepen(before, 2)
     assert list(deeper.config.layers_per_block) == layers
     assert deeper.num_parameters() > before.num_parameters() and not deeper.training
     image = 2 * torch.rand(1, 3, 32, 32) - 1
@@ -171,24 +175,28 @@ def test_a_deeper_predictor_is_saved_with_its_depth(tmp_path):
     assert predictor.config.layers_per_block[0] == shipped.config.layers_per_block[0] + 1
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["missing.yaml"], "missing.yaml is not a file"),
-        ([SETTINGS[0], "--model", "tiny"], "--train_data has to name at least one source"),
-        (SETTINGS, "--model has to name the pipeline"),
-        (command(extra_layers=-1), "--extra_layers has to be 0 or more, but is -1"),
-        (command(batch_size=0), "--batch_size has to be at least 1, but is 0"),
-        (command(max_grad_norm=-1), "--max_grad_norm has to be above 0, but is -1.0"),
-        (command(also_degraded_by="missing.yaml"), "missing.yaml is not a file with settings"),
-        (command(also_degraded_by=SETTINGS[0]), "tiny_degradation.yaml has settings that do not exist: "),
-        (command(train_data="nowhere"), "nowhere"),
-        (command(model="nowhere"), "'nowhere' could not be fetched from the Hub"),
-        ([*SETTINGS, "--speed", "9"], "there is no such setting: --speed 9"),
-    ],
-)
-def test_wrong_settings_are_named(arguments, message, capsys, tmp_path, monkeypatch):
+def test_wrong_settings_are_named(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as error:
-        finetune_in_pixels.main(arguments)
-    assert message in f"{capsys.readouterr().err} {error.value}"
+    for arguments, message in (
+        (["missing.yaml"], "there is no settings file 'missing.yaml'"),
+        ([SETTINGS[0], "--model", "tiny"], "`--train_data` must name at least one source"),
+        (SETTINGS, "`--model` must name the pipeline"),
+        (command(extra_layers=-1), "`--extra_layers` must be at least 0, got -1"),
+        (command(batch_size=0), "`--batch_size` must be at least 1, got 0"),
+        (command(max_grad_norm=-1), "`--max_grad_norm` must be greater than 0, got -1.0"),
+        (command(also_degraded_by="missing.yaml"), "there is no settings file 'missing.yaml'"),
+        (command(also_degraded_by=SETTINGS[0]), "tiny_degradation.yaml has unknown settings: "),
+        (command(train_data="nowhere"), "There is no folder or list 'nowhere'"),
+        (command(model="nowhere"), "'nowhere' could not be fetched from the Hub"),
+        (command(crop_size=30), "`crop_size` must be a multiple of 4"),
+        ([*SETTINGS, "--speed", "9"], "unknown setting: --speed 9"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            finetune_in_pixels.main(arguments)
+        assert message in f"{capsys.readouterr().err} {error.value}"
+
+
+def test_settings_of_another_script_are_ignored_and_named(caplog):
+    settings, (degradation,) = finetune_in_pixels.parse_args([*SETTINGS, "--model", "tiny"])
+    assert settings.batch_size == 16 and degradation.blur_sigma == [0.2, 2.5]
+    assert "tiny_degradation.yaml: ignored settings of another script: adversarial_weight, base_model" in caplog.text

@@ -44,7 +44,7 @@ def test_one_step_estimate_by_hand(modules):
 
 def test_one_step_estimate_needs_epsilon():
     scheduler = InvSRScheduler(prediction_type="v_prediction")
-    with pytest.raises(ValueError, match="`scheduler` has to have `prediction_type='epsilon'`.*'v_prediction'"):
+    with pytest.raises(ValueError, match="`prediction_type` of the scheduler must be 'epsilon', got 'v_prediction'"):
         one_step_estimate(None, None, scheduler, *[torch.zeros(1)] * 4)
 
 

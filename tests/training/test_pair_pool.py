@@ -123,7 +123,7 @@ def test_without_batches_it_is_disabled():
 
 @pytest.mark.parametrize("num_batches", [-1, 2.0, "3", None, True])
 def test_refuses_wrong_number_of_batches(num_batches):
-    with pytest.raises(ValueError, match="`num_batches` has to be an integer of 0 or more"):
+    with pytest.raises(ValueError, match="`num_batches` must be an integer greater than or equal to 0, got"):
         PairPool(num_batches)
 
 
@@ -143,10 +143,10 @@ def test_refuses_wrong_number_of_batches(num_batches):
 def test_refuses_tensors_that_do_not_fit(tensors):
     pool = PairPool(2)
     pool.exchange(torch.zeros(2, 3), torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="^`tensors` "):
+    with pytest.raises(ValueError, match="^`tensors` must have the "):
         pool.exchange(*tensors)
 
 
 def test_refuses_the_state_of_another_pool():
-    with pytest.raises(ValueError, match="`state_dict` has to be of a pool of 3 batches, but its pool has 2"):
+    with pytest.raises(ValueError, match="`state_dict` must be from a pool of 3 batches, got one of 2"):
         PairPool(3).load_state_dict(PairPool(2).state_dict())

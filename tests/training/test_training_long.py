@@ -2,20 +2,12 @@
 
 import json
 import shutil
-import signal
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from helpers import EXAMPLES
-from test_training import (  # noqa: F401 (fixtures)
-    assert_same_end,
-    photos,
-    run,
-    script,
-    start,
-    wait_for,
-)
+from runs import assert_same_end, kill_after, run, start
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_invsr import InvSRNoisePredictor
@@ -27,7 +19,7 @@ from diffusers_invsr.training.logs import read_log
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("fresh_accelerator")]
 
 
-def test_tiny_configuration_improves_and_survives_a_kill(photos, tmp_path):  # noqa: F811
+def test_tiny_configuration_improves_and_survives_a_kill(photos, tmp_path):
     pytest.importorskip("lpips", exc_type=Exception)
     torch.manual_seed(0)
     LatentLPIPS(in_channels=16, block_out_channels=(16, 32, 64, 64, 64)).save_pretrained(tmp_path / "lpips")
@@ -41,12 +33,18 @@ def test_tiny_configuration_improves_and_survives_a_kill(photos, tmp_path):  # n
     before, *_, after = [record["psnr_y/1_step"] for record in records if "psnr_y/1_step" in record]
     assert after > before + 0.2
 
-    process = start(tiny, tmp_path / "killed", *options)
-    wait_for(tmp_path / "killed" / "checkpoint-120", process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after(tmp_path / "killed" / "checkpoint-120", start(tiny, tmp_path / "killed", *options))
     run(tiny, tmp_path / "killed", *options, "--resume", "latest")
     assert_same_end(tmp_path / "whole", tmp_path / "killed", iteration=200)
+
+
+def test_two_processes_are_resumed_to_the_last_bit(settings, tmp_path):
+    options = ["--max_iterations", "3", "--checkpoint_every", "1"]
+    run(settings, tmp_path / "whole", *options, processes=2)
+    later = shutil.ignore_patterns("checkpoint-[23]", "pipeline")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed", ignore=later)
+    run(settings, tmp_path / "resumed", *options, "--resume", "latest", processes=2)
+    assert_same_end(tmp_path / "whole", tmp_path / "resumed", iteration=3)
 
 
 @pytest.fixture
@@ -85,7 +83,7 @@ def sd_turbo_size(tmp_path):
     return tmp_path / "sd-turbo"
 
 
-def test_the_full_size_steps_on_a_cpu(sd_turbo_size, photos, tmp_path):  # noqa: F811
+def test_the_full_size_steps_on_a_cpu(sd_turbo_size, photos, tmp_path):
     pytest.importorskip("lpips", exc_type=Exception)
     from PIL import Image
 

@@ -12,7 +12,12 @@ from diffusers_invsr import TINY, InvSRPipeline
 pytest.importorskip("kornia")
 
 from diffusers_invsr.metrics import psnr_y  # noqa: E402
-from diffusers_invsr.training import Degradation, EvaluationDegradationSettings, ValidationSet  # noqa: E402
+from diffusers_invsr.training import (  # noqa: E402
+    Degradation,
+    EvaluationDegradationSettings,
+    TrainingError,
+    ValidationSet,
+)
 from diffusers_invsr.training.validation import to_image, to_tensor  # noqa: E402
 
 
@@ -34,8 +39,11 @@ def test_scores_are_those_of_the_pictures_each_time():
         assert scores[f"psnr_y/{name}"] == psnr_y(np.array(result), np.array(hr))
 
 
-def test_an_unreadable_image_is_named(tmp_path):
+def test_an_unusable_image_is_an_error(tmp_path):
     data = (FIXTURES / "photos" / "kodim20_hr.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="The image for validation '.*cut.png' cannot be read: "):
+    Image.new("RGB", (100, 63)).save(tmp_path / "flat.png")
+    with pytest.raises(TrainingError, match="flat.png' must be at least 64 pixels high and wide, got 63x100"):
+        ValidationSet([str(tmp_path / "flat.png")], 64)
+    with pytest.raises(TrainingError, match="The validation image '.*cut.png' could not be read: "):
         ValidationSet([str(tmp_path / "cut.png")], 64)

@@ -1,9 +1,10 @@
-"""Checkpoints that are complete or do not exist, and are found again after any interruption."""
+"""Checkpoints that are either complete or absent, whenever the run is interrupted."""
 
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from ..files import file_digest
+from .errors import TrainingError
 
 
 logger = get_logger(__name__)
@@ -19,7 +21,7 @@ MANIFEST = "manifest.json"
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or `None`: its files are compared with the digests of its manifest."""
+    """What is wrong with a checkpoint, or `None`. Its files are compared with the digests in its manifest."""
     try:
         digests = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -35,18 +37,22 @@ def damage(checkpoint: Path) -> str | None:
 
 class Checkpoints:
     r"""
-    The checkpoints of a run: folders `checkpoint-<iteration>` below its output folder.
+    The checkpoints of a run: folders `checkpoint-<iteration>` in its output folder.
 
-    A checkpoint is written under another name, with the digest of each file, and renamed when it is whole.
+    A checkpoint is written under another name, with the digest of each file, and renamed when it is complete.
 
     Args:
         folder (`Path`): The run's output folder.
-        accelerator (`Accelerator`): Every process takes part in saving and gets the same answer in loading.
-        keep (`int`, *optional*): How many stay, up to the one that is saved; all by default.
+        accelerator (`Accelerator`): Every process takes part in saving, and gets the same answer when loading.
+        keep (`int`, *optional*): How many are kept, the one just saved included; all by default.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, keep: int | None = None):
         self.folder, self.accelerator, self.keep = Path(folder), accelerator, keep
+
+    def path(self, iteration: int) -> Path:
+        """Where the checkpoint of an iteration is, or would be."""
+        return self.folder / f"checkpoint-{iteration}"
 
     def list(self) -> list[Path]:
         """All checkpoints, oldest first."""
@@ -57,18 +63,17 @@ class Checkpoints:
         ]
         return [path for _, path in sorted(numbered)]
 
-    def save(self, iteration: int, write: Callable[[Path], None]) -> Path:
+    @contextmanager
+    def save(self, iteration: int) -> Iterator[Path]:
         r"""
-        Save a checkpoint, and remove those that are too old and those of later iterations.
+        A context that saves a checkpoint: `with checkpoints.save(100) as folder:` gives every process the folder to
+        write to. At its end the checkpoint replaces one that this iteration has already, perhaps a damaged one, and
+        checkpoints that are too old or of later iterations are removed. After an exception nothing is saved.
 
         Args:
             iteration (`int`): Finished iterations.
-            write (`Callable[[Path], None]`): Called in every process with the folder to write to.
-
-        Returns:
-            `Path`: The checkpoint. It takes the place of one that this iteration already has, a damaged one perhaps.
         """
-        checkpoint = self.folder / f"checkpoint-{iteration}"
+        checkpoint = self.path(iteration)
         temporary = self.folder / f".checkpoint-{iteration}.tmp"
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -76,7 +81,7 @@ class Checkpoints:
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        write(temporary)
+        yield temporary
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
@@ -89,16 +94,15 @@ class Checkpoints:
             for other in self.list()[: -self.keep] if self.keep else ():
                 shutil.rmtree(other)
         self.accelerator.wait_for_everyone()
-        return checkpoint
 
     def remove_later(self, iteration: int):
         """
-        Remove the checkpoints of later iterations: they are of a course that the run has left, by going on from an
-        earlier one. One process does it for all.
+        Remove the checkpoints of later iterations, which a run has abandoned by resuming from an earlier one. Only
+        the main process may call it.
         """
         for checkpoint in self.list():
             if int(checkpoint.name.rpartition("-")[2]) > iteration:
-                logger.warning(f"{checkpoint} is of a course that was left, and is removed.")
+                logger.warning(f"Removing {checkpoint}: the run was resumed from an earlier checkpoint.")
                 shutil.rmtree(checkpoint)
 
     def find(self, name: str) -> Path | None:
@@ -109,25 +113,22 @@ class Checkpoints:
             name (`str`): A checkpoint's folder, or `"latest"` for the newest one that is undamaged.
 
         Returns:
-            `Path`: The checkpoint, or `None` if the newest is asked for and there is none at all.
+            `Path`: The checkpoint, or `None` if the latest is asked for and there are none.
 
         Raises:
-            ValueError: If the checkpoint that is named, or every one, is damaged or does not exist.
+            TrainingError: If the checkpoint that is named, or every one, is missing or damaged.
         """
-        found, faults = [None], []
+        found, faults = None, []
         if self.accelerator.is_main_process:
-            candidates = self.list()[::-1] if name == "latest" else [Path(name)]
-            for candidate in candidates:
+            for candidate in self.list()[::-1] if name == "latest" else [Path(name)]:
                 fault = damage(candidate) if candidate.is_dir() else "there is no such folder"
                 if fault is None:
-                    found = [candidate]
+                    found = candidate
                     break
                 faults.append(f"{candidate}: {fault}")
                 if name == "latest":
-                    logger.warning(f"The checkpoint {faults[-1]}; trying the one before.")
-        found, faults = broadcast_object_list([found[0], faults])
+                    logger.warning(f"Skipping the checkpoint {faults[-1]}.")
+        found, faults = broadcast_object_list([found, faults])
         if found is None and faults:
-            raise ValueError(
-                f"`resume={name!r}` cannot be used, because no checkpoint is whole ({'; '.join(faults)})."
-            )
+            raise TrainingError(f"`resume={name!r}` has no undamaged checkpoint ({'; '.join(faults)}).")
         return found

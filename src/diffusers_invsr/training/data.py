@@ -1,4 +1,4 @@
-"""HR crops for training (section 6): image folders, lists and streams, read in an order that any position restores."""
+"""HR crops for training (section 4.1 of the paper), from folders, lists and streams, in a reproducible order."""
 
 import io
 import itertools
@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from ..checks import is_integer
 from ..image_files import read_image
 from ..image_processor import InvSRImageProcessor
+from .errors import TrainingError
 from .sources import STREAM_PREFIXES, BadImage, check_sources, list_files, open_shards, reason_of
 
 
 # First entry of every generator's seed, so that order, crops and shuffle buffer draw independent numbers.
 ORDER, CROP, BUFFER = range(3)
-NAMED_FILES = 3  # of those that are left out for one reason
+NAMED_FILES = 3  # per reason, in a report
 
 Sample = dict[str, Any]
 
@@ -55,8 +56,12 @@ def make_dataset(
             A source that is named twice counts twice.
         crop_size, seed, crops_per_image, horizontal_flip, shuffle_buffer: As in the datasets.
 
+    Returns:
+        [`CropDataset`] or [`CropStream`]: The dataset.
+
     Raises:
-        ValueError: If streams are mixed with folders or lists, or the dataset refuses its arguments.
+        TrainingError: If streams are mixed with folders or lists, or a source is missing or has no images.
+        ValueError: If another argument is out of range.
     """
     sources = check_sources(sources)
     streamed = [source.startswith(STREAM_PREFIXES) for source in sources]
@@ -67,29 +72,30 @@ def make_dataset(
 
 class CropDataset(Dataset):
     r"""
-    Random HR crops of image files, in an endless stream of which every position can be asked for.
+    Random HR crops of image files, as an endless sequence with random access.
 
-    A sample follows from the seed and the position alone, so to resume is to ask for the next position. Position `p`
-    is in epoch `p // len(dataset)`; every epoch is another permutation of the files. In place of a file that is no
-    whole image of at least the crop's size comes the next good one of the permutation.
+    A sample depends only on the seed and its position, so a run resumes at the next position. Position `p` is in epoch
+    `p // len(dataset)`, and every epoch is another permutation of the files. A file that is damaged, no image or
+    smaller than the crop is replaced by the next good one of the permutation.
 
     A sample is a dictionary:
     - `"hr"`: uint8 tensor `(3, crop_size, crop_size)` in [0, 255]; transparency is dropped, 16 bits are scaled to 8;
-    - `"key"`: names the file (path, size, time of change), the crop's box and the flip;
-    - `"skipped"`: `(file, reason)` of each file it stands in for, for [`SkipReport`].
+    - `"key"`: identifies the file (path, size, modification time), the crop's box and the flip;
+    - `"skipped"`: `(file, reason)` of each file that it replaces, for [`SkipReport`].
 
     Args:
         sources (`list[str]`): Folders and lists, as in [`make_dataset`].
-        crop_size (`int`): Side of the crops in pixels.
+        crop_size (`int`): Height and width of the crops in pixels.
         seed (`int`, defaults to 0): Seed of the order, the crops and the flips.
         crops_per_image (`int`, *optional*):
-            How many different crops an image gives. They come again in turn, epoch after epoch, which is what makes a
-            [`~diffusers_invsr.training.latent_cache.LatentCache`] worth while. By default every crop is a new one.
-        horizontal_flip (`bool`, defaults to `True`): Whether half of the crops are mirrored.
+            Number of different crops per image, used in turn, epoch after epoch, so that a
+            [`~diffusers_invsr.training.latent_cache.LatentCache`] pays off. By default every crop is a new one.
+        horizontal_flip (`bool`, defaults to `True`): Whether crops are flipped with a probability of 1/2.
 
     Raises:
-        ValueError: If an argument is out of range or a source is missing, has no images or is a stream; from
-            `dataset[position]`, if no file is usable.
+        TrainingError: If a source is missing, has no images or is a stream; from `dataset[position]`, if no file is
+            usable.
+        ValueError: If another argument is out of range.
     """
 
     def __init__(
@@ -124,7 +130,7 @@ class CropDataset(Dataset):
                 continue
             key = f"{file}|{status.st_size}|{status.st_mtime_ns}|{crop}"
             return {"hr": hr, "key": key, "skipped": list(skipped.items())}
-        raise ValueError(_no_image(skipped))
+        raise TrainingError(_no_image(skipped))
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
@@ -135,26 +141,26 @@ class CropDataset(Dataset):
 
 class CropStream(IterableDataset):
     r"""
-    Random HR crops of images in tar files or in a `datasets` dataset, local or remote, read one after the other.
+    Random HR crops of images in tar files or in a `datasets` dataset, local or remote, read sequentially.
 
-    The shards are divided among `parts` readers (processes times loader workers): no two of them ever give the same
-    image. With fewer shards than readers, those that share a shard take turns in it. A reader goes through its part
-    again and again, each time with its shards in another order and its images shuffled in a buffer. Readers with fewer
-    images repeat theirs sooner, so the number of shards is best a multiple of the number of readers.
+    The shards are divided among `parts` readers (processes times loader workers), and no two readers yield the same
+    image. With fewer shards than readers, readers share a shard and take turns in it. A reader repeats its part
+    endlessly, each time with its shards in another order and its images shuffled in a buffer. Readers with fewer
+    images repeat them sooner, so the number of shards should be a multiple of the number of readers.
 
-    The n-th sample follows from the seed, the part and n alone: it is the n-th image, or the next good one. To resume,
-    a reader skips what it gave without decoding it, at most two rounds whatever `start` is. This needs the
-    same number of parts as before. Samples are those of [`CropDataset`], with the image's place in `"key"` and a
+    The n-th sample depends only on the seed, the part and n: it is the n-th image, or the next good one. To resume, a
+    reader skips what it has yielded without decoding it, at most two rounds whatever `start` is. This requires the
+    same number of parts as before. Samples are those of [`CropDataset`], with the image's location in `"key"` and a
     checksum of its content.
 
     Args:
         sources (`list[str]`): Streams, as in [`make_dataset`].
         crop_size, seed, crops_per_image, horizontal_flip: As in [`CropDataset`].
-        shuffle_buffer (`int`, defaults to 256): Encoded images that each reader keeps in memory to shuffle.
+        shuffle_buffer (`int`, defaults to 256): Encoded images that each reader holds in memory to shuffle.
 
     Raises:
-        ValueError: If an argument is out of range or a source cannot be opened; while reading, if a part has no
-            usable image.
+        TrainingError: If a source could not be opened; while reading, if a part has no usable image.
+        ValueError: If another argument is out of range.
         ImportError: If the library for a source is not installed.
     """
 
@@ -181,9 +187,9 @@ class CropStream(IterableDataset):
         The endless samples of one of `parts` readers.
 
         Args:
-            part (`int`, defaults to 0): The reader, below `parts`.
+            part (`int`, defaults to 0): The reader, from 0 to `parts - 1`.
             parts (`int`, defaults to 1): Number of readers.
-            start (`int`, defaults to 0): Samples that this reader has given before.
+            start (`int`, defaults to 0): Samples that this reader has yielded before.
         """
         bad, skipped, waiting, first_bad = {}, {}, [], 0
         for position, (epoch, name, data) in enumerate(self._endless(part, parts, start), start):
@@ -198,9 +204,9 @@ class CropStream(IterableDataset):
             except BadImage as error:
                 bad[name] = skipped[name] = str(error)
                 if epoch > first_bad + 1:  # a whole round without one good image
-                    raise ValueError(_no_image(skipped)) from None
+                    raise TrainingError(_no_image(skipped)) from None
                 continue
-            # A bad image is a position too, and this image stands in for it: so positions can be skipped undecoded.
+            # A bad image has a position too, at which this image replaces it: so positions are skipped undecoded.
             content = f"{name}|{len(data)}|{zlib.crc32(data):08x}"
             for hr, crop in crops:
                 yield {"hr": hr, "key": f"{content}|{crop}", "skipped": list(skipped.items())}
@@ -216,11 +222,11 @@ class CropStream(IterableDataset):
                 if length > start:
                     yield epoch, name, data
             if length == 0:
-                raise ValueError(
-                    f"reader {part + 1} of {parts} has no image, with {len(self.shards)} shards in all: use fewer"
-                    " processes or loader workers."
+                raise TrainingError(
+                    f"Reader {part + 1} of {parts} has no images in {len(self.shards)} shards: use fewer processes or"
+                    " fewer loader workers."
                 )
-            # All rounds of a part are of one length, so that the first one tells how many can be left out.
+            # All rounds of a part have the same length, so the first one tells how many can be skipped.
             rounds, start = divmod(max(0, start - length), length)
             epoch += 1 + rounds
 
@@ -253,24 +259,24 @@ def make_loader(
     r"""
     An endless loader of one process's micro-batches.
 
-    Of a [`CropDataset`], micro-batch `n` of process `r` holds the `batch_size` positions from
-    `(n * num_processes + r) * batch_size` on: two processes see in one micro-batch each what one process sees in two.
-    So it does not matter to a resumed run how many workers there were. Of a [`CropStream`], the number of processes
-    and of workers has to stay the same for it to continue exactly.
+    Of a [`CropDataset`], micro-batch `n` of process `r` has the `batch_size` positions from
+    `(n * num_processes + r) * batch_size` on: two processes see in one micro-batch each what one process sees in two,
+    and a resumed run may have another number of workers. A run with a [`CropStream`] only continues exactly with the
+    same number of processes and workers.
 
     Args:
         dataset (`CropDataset` or `CropStream`): What to read.
         batch_size (`int`): Images in a micro-batch.
         process_index (`int`, defaults to 0): This process.
         num_processes (`int`, defaults to 1): Number of processes.
-        start_batch (`int`, defaults to 0): Micro-batches that this process has consumed before.
-        num_workers (`int`, defaults to 0): Worker processes that read ahead; 0 reads in this process.
-        pin_memory (`bool`, defaults to `False`): Whether batches are put into pinned memory.
+        start_batch (`int`, defaults to 0): Micro-batches that this process has consumed already.
+        num_workers (`int`, defaults to 0): Worker processes that prefetch; with 0 this process loads the images.
+        pin_memory (`bool`, defaults to `False`): Whether batches are copied to pinned memory.
 
     Returns:
-        `DataLoader`: Gives dictionaries with `"hr"` (uint8 `(batch_size, 3, crop_size, crop_size)`), `"keys"` (a list)
-        and `"skipped"` (all of the samples'). Every iteration over it starts at `start_batch`. An exception in a
-        worker is raised here. Workers ignore SIGINT: it is for the main process to end them.
+        `DataLoader`: Yields dictionaries with `"hr"` (uint8 `(batch_size, 3, crop_size, crop_size)` in [0, 255]),
+        `"keys"` (a list) and `"skipped"` (of all samples). Every iteration over it starts at `start_batch`. Workers
+        ignore SIGINT, so that the main process ends them.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -281,7 +287,7 @@ def make_loader(
     _check_integer("start_batch", start_batch, 0)
     _check_integer("num_workers", num_workers, 0)
     if process_index >= num_processes:
-        raise ValueError(f"`process_index` has to be below `num_processes` ({num_processes}), but is {process_index}.")
+        raise ValueError(f"`process_index` must be less than `num_processes` ({num_processes}), got {process_index}.")
     if isinstance(dataset, CropStream):
         dataset = _StreamPart(dataset, batch_size, process_index, num_processes, start_batch)
         batching = {"batch_size": batch_size}
@@ -342,14 +348,14 @@ def _collate(samples: list[Sample]) -> dict[str, Any]:
 
 
 def _leave_process_group(worker: int):
-    """Ctrl-C and launchers signal the whole group; the training needs its workers until it has stopped by itself."""
+    """Ctrl-C and launchers signal the whole group, but the training needs its workers until it has stopped."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
 
 class SkipReport:
-    """Which files were left out and why. Lives in the main process and is told the `"skipped"` of each batch."""
+    """Which files were skipped and why, from the `"skipped"` of each batch."""
 
     def __init__(self):
         self.reasons: dict[str, str] = {}
@@ -358,18 +364,18 @@ class SkipReport:
         return len(self.reasons)
 
     def add(self, skipped: Iterable[tuple[str, str]]):
-        """Count the files among `(file, reason)` that are not counted yet."""
+        """Add `(file, reason)` of each file; a file counts once."""
         for file, reason in skipped:
             self.reasons.setdefault(file, reason)
 
     def summary(self) -> str:
-        """One line with the number of files for each reason and the names of a few."""
+        """One line with the number of files per reason and the names of a few."""
         kinds = []
         for reason, count in Counter(self.reasons.values()).most_common():
             names = sorted(os.path.basename(file) for file, why in self.reasons.items() if why == reason)
             more = ", ..." if count > NAMED_FILES else ""
             kinds.append(f"{count} {reason} ({', '.join(names[:NAMED_FILES])}{more})")
-        return f"skipped {len(self)} files: {', '.join(kinds)}"
+        return f"Skipped {len(self)} files: {', '.join(kinds)}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"reasons": dict(self.reasons)}
@@ -396,9 +402,9 @@ class _Cropper:
     def __call__(
         self, file: Path | io.BytesIO, name: str, position: tuple[int, ...], epoch: int
     ) -> tuple[torch.Tensor, str]:
-        """The crop and its name. Raises a BadImage where the file does not give one."""
+        """The crop and its name, or a BadImage error."""
         if self.crops_per_image is not None:
-            # Without the folder, so that data may be moved without changing what is learnt from them.
+            # Without the folder, so that moving the data does not change the crops.
             name = os.path.basename(name)
             position = (
                 self.crops_per_image,
@@ -430,9 +436,9 @@ class _Cropper:
 
 def _no_image(skipped: dict[str, str]) -> str:
     reasons = Counter(skipped.values()).most_common()
-    return f"`sources` hold no usable image: {', '.join(f'{count} {reason}' for reason, count in reasons)}."
+    return f"`sources` has no usable image: {', '.join(f'{count} {reason}' for reason, count in reasons)}."
 
 
 def _check_integer(name: str, value: int, minimum: int):
     if not is_integer(value) or value < minimum:
-        raise ValueError(f"`{name}` has to be an integer of at least {minimum}, but is {value!r}.")
+        raise ValueError(f"`{name}` must be an integer greater than or equal to {minimum}, got {value!r}.")

@@ -1,4 +1,4 @@
-"""The discriminator of InvSR's training (section 3.3): whether latents look like those of a photograph, and where."""
+"""The discriminator of InvSR's training (section 3.3 of the paper)."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,8 @@ from diffusers.models.unets.unet_2d_blocks import (
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from ..checks import is_integer
 
-
-# Each level of the encoder has its mirror image in the decoder.
+# Each level of the encoder is mirrored in the decoder.
 UP_BLOCK_TYPES = {"DownBlock2D": "UpBlock2D", "CrossAttnDownBlock2D": "CrossAttnUpBlock2D"}
 NORM_EPS = 1e-5
 
@@ -32,7 +30,7 @@ class InvSRDiscriminatorOutput(BaseOutput):
     Args:
         logits (`list[torch.Tensor]`):
             A logit map of shape `(batch, 1, height_i, width_i)` after the middle block, then one after each block of
-            the decoder: one more than there are levels. Unbounded; the larger, the more real.
+            the decoder: one more than there are levels. Unbounded; larger means more real.
     """
 
     logits: list[torch.Tensor]
@@ -54,17 +52,17 @@ class LogitHead(nn.Sequential):
 
 class InvSRDiscriminator(ModelMixin, ConfigMixin):
     r"""
-    Tells the latents of HR images from those that the diffusion model makes of LR images (the adversarial part of the
-    training loss, section 3.3 of the [InvSR paper](https://arxiv.org/abs/2412.09013)).
+    Distinguishes the latents of HR images from those that the diffusion model predicts from LR images (the adversarial
+    part of the training loss, section 3.3 of the [InvSR paper](https://arxiv.org/abs/2412.09013)).
 
-    A UNet that knows the starting step and the text, with
+    A UNet conditioned on the starting timestep and the text, with
 
-    - multiple inputs: every down block sees features of the latents themselves, resized to its resolution, beside what
-      comes from the block before it;
-    - multiple outputs: the middle block and every up block give a logit map, from coarse to fine.
+    - multiple inputs: every down block gets features of the latents themselves, resized to its resolution, besides the
+      output of the block before it;
+    - multiple outputs: the middle block and every up block return a logit map, from coarse to fine.
 
-    The defaults are the published network (112.08 M parameters). Without `cross_attention_dim` it knows no text: then
-    all blocks are plain, and the middle block has self-attention only.
+    The defaults are the published network (112.08 M parameters). Without `cross_attention_dim` there is no text
+    conditioning: all blocks are plain, and the middle block has only self-attention.
 
     Args:
         in_channels (`int`, defaults to 4): Channels of the latents.
@@ -74,15 +72,15 @@ class InvSRDiscriminator(ModelMixin, ConfigMixin):
         layers_per_block (`int` or `tuple[int]`):
             ResNet (and attention) layers of each level's down block; its up block has one more.
         num_attention_heads (`int` or `tuple[int]`):
-            Attention heads of each level; the middle block has those of the last. No effect on plain levels.
-        cross_attention_dim (`int`, *optional*, defaults to 1024): Width of the text embeddings. `None`: no text.
+            Attention heads of each level; the middle block has as many as the last. No effect on plain levels.
+        cross_attention_dim (`int`, *optional*, defaults to 1024): Width of the text embeddings; `None` for no text.
         addition_embed_type_num_heads (`int`, defaults to 64):
-            Heads of the attention that pools the text embeddings, to be added to the time embedding.
-        input_feature_channels (`int`, defaults to 32): Channels of the features that every down block sees.
+            Heads of the attention that pools the text embeddings, which are added to the time embedding.
+        input_feature_channels (`int`, defaults to 32): Channels of the features that every down block gets.
         norm_num_groups (`int`, defaults to 32): Groups of every GroupNorm.
 
     Raises:
-        ValueError: If the arguments do not go together.
+        ValueError: If the lengths of the tuples differ; diffusers and PyTorch check the rest.
     """
 
     _supports_gradient_checkpointing = True
@@ -108,17 +106,12 @@ class InvSRDiscriminator(ModelMixin, ConfigMixin):
             layers_per_block = (layers_per_block,) * levels
         if isinstance(num_attention_heads, int):
             num_attention_heads = (num_attention_heads,) * levels
-        self._check_config(
-            in_channels,
-            down_block_types,
-            block_out_channels,
-            layers_per_block,
-            num_attention_heads,
-            cross_attention_dim,
-            addition_embed_type_num_heads,
-            input_feature_channels,
-            norm_num_groups,
-        )
+        lengths = [len(x) for x in (down_block_types, block_out_channels, layers_per_block, num_attention_heads)]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                "`down_block_types`, `block_out_channels`, `layers_per_block` and `num_attention_heads` must have one"
+                f" entry per level, got {', '.join(map(str, lengths))} entries."
+            )
 
         # Time, and the text as a whole
         temb_channels = 4 * block_out_channels[0]
@@ -190,72 +183,6 @@ class InvSRDiscriminator(ModelMixin, ConfigMixin):
         head_channels = (block_out_channels[-1], *reversed(block_out_channels))
         self.logit_heads = nn.ModuleList(LogitHead(channels, norm_num_groups) for channels in head_channels)
 
-    @staticmethod
-    def _check_config(
-        in_channels: int,
-        down_block_types: tuple[str, ...],
-        block_out_channels: tuple[int, ...],
-        layers_per_block: tuple[int, ...],
-        num_attention_heads: tuple[int, ...],
-        cross_attention_dim: int | None,
-        addition_embed_type_num_heads: int,
-        input_feature_channels: int,
-        norm_num_groups: int,
-    ):
-        lengths = [len(x) for x in (down_block_types, block_out_channels, layers_per_block, num_attention_heads)]
-        if min(lengths) == 0 or len(set(lengths)) > 1:
-            raise ValueError(
-                "`down_block_types`, `block_out_channels`, `layers_per_block` and `num_attention_heads` need one entry"
-                f" for each level, and one level at least, but have {lengths[0]}, {lengths[1]}, {lengths[2]} and"
-                f" {lengths[3]}."
-            )
-        counts = {
-            "in_channels": [in_channels],
-            "block_out_channels": block_out_channels,
-            "layers_per_block": layers_per_block,
-            "num_attention_heads": num_attention_heads,
-            "cross_attention_dim": [] if cross_attention_dim is None else [cross_attention_dim],
-            "addition_embed_type_num_heads": [addition_embed_type_num_heads],
-            "input_feature_channels": [input_feature_channels],
-            "norm_num_groups": [norm_num_groups],
-        }
-        for name, values in counts.items():
-            for value in values:
-                if not is_integer(value) or value < 1:
-                    raise ValueError(f"`{name}` takes integers from 1, but has {value!r}.")
-
-        for block_type in down_block_types:
-            if block_type not in UP_BLOCK_TYPES:
-                raise ValueError(
-                    f"`down_block_types` has {block_type!r}, but takes only {' and '.join(map(repr, UP_BLOCK_TYPES))}."
-                )
-        for channels in (*block_out_channels, input_feature_channels):
-            if channels % norm_num_groups:
-                raise ValueError(
-                    "`block_out_channels` and `input_feature_channels` have to be multiples of `norm_num_groups`"
-                    f" ({norm_num_groups}), but have {channels}."
-                )
-        for level, (block_type, channels, heads) in enumerate(
-            zip(down_block_types, block_out_channels, num_attention_heads)
-        ):
-            has_attention = block_type == "CrossAttnDownBlock2D" or level == len(block_out_channels) - 1
-            if has_attention and channels % heads:
-                raise ValueError(
-                    "`block_out_channels` of a level with attention, and of the last, has to be a multiple of its"
-                    f" `num_attention_heads` ({heads}), but has {channels}."
-                )
-        if cross_attention_dim is None:
-            if "CrossAttnDownBlock2D" in down_block_types:
-                raise ValueError(
-                    "`down_block_types` has 'CrossAttnDownBlock2D', which needs the width of the text embeddings, but"
-                    " `cross_attention_dim` is None."
-                )
-        elif cross_attention_dim % addition_embed_type_num_heads:
-            raise ValueError(
-                "`cross_attention_dim` has to be a multiple of `addition_embed_type_num_heads`"
-                f" ({addition_embed_type_num_heads}), but is {cross_attention_dim}."
-            )
-
     def forward(
         self,
         sample: torch.Tensor,
@@ -267,13 +194,13 @@ class InvSRDiscriminator(ModelMixin, ConfigMixin):
         Args:
             sample (`torch.Tensor`):
                 Clean latents times the VAE's scaling factor, `(batch, in_channels, height, width)`, of any size.
-                Estimates are clamped to ±10 by the caller.
+                Estimates must be clamped to ±10.
             timestep (`torch.Tensor` or `int`):
-                Schedule *index* of the starting step (199 for the paper's step 200): one for all latents or one for
-                each, of shape `(batch,)`.
+                Schedule *index* of the starting timestep (199 for the paper's step 200): one for all latents, or one
+                per image, of shape `(batch,)`.
             encoder_hidden_states (`torch.Tensor`, *optional*):
                 Text embeddings of shape `(batch, tokens, cross_attention_dim)`, or `(1, tokens, cross_attention_dim)`
-                for all latents. Needed unless `cross_attention_dim` is `None`; has no effect then.
+                for all latents. Required unless `cross_attention_dim` is `None`, when it has no effect.
             return_dict (`bool`, defaults to `True`):
                 Whether to return an [`InvSRDiscriminatorOutput`] instead of a tuple.
 
@@ -283,7 +210,7 @@ class InvSRDiscriminator(ModelMixin, ConfigMixin):
             whose block does not upsample, has the full resolution again.
 
         Raises:
-            ValueError: If the text embeddings are missing or of another shape.
+            ValueError: If the text embeddings are missing or have another shape.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         temb = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
@@ -320,13 +247,11 @@ class InvSRDiscriminator(ModelMixin, ConfigMixin):
     def _check_text(self, encoder_hidden_states: torch.Tensor | None, batch_size: int):
         width = self.config["cross_attention_dim"]
         if encoder_hidden_states is None:
-            raise ValueError(
-                f"`encoder_hidden_states` is None, but this discriminator takes text embeddings of width {width}."
-            )
+            raise ValueError(f"`encoder_hidden_states` must be text embeddings of width {width}, got None.")
         shape = tuple(encoder_hidden_states.shape)
         if len(shape) != 3 or shape[0] not in (1, batch_size) or shape[2] != width:
             raise ValueError(
-                f"`encoder_hidden_states` has the shape {shape}, but has to be `(1 or {batch_size}, tokens, {width})`."
+                f"`encoder_hidden_states` must have the shape `(1 or {batch_size}, tokens, {width})`, got {shape}."
             )
 
     @staticmethod

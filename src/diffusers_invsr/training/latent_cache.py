@@ -1,4 +1,4 @@
-"""The VAE's answers for HR crops, kept on disk so that the frozen encoder runs once for each crop (section 6)."""
+"""A cache on disk of the VAE's posteriors of HR crops, so that the frozen encoder runs once per crop."""
 
 import hashlib
 import os
@@ -17,23 +17,18 @@ from ..files import module_fingerprint, tensor_bytes
 
 class LatentCache:
     r"""
-    A folder with one tensor a crop: the parameters of the posterior (`latent_dist.parameters`: mean and log-variance
-    along the channels), or the latents of an encoder that gives those alone.
+    A folder with one tensor per crop: the parameters of the posterior (`latent_dist.parameters`, `(2C, h, w)`: mean
+    and log-variance along the channels), or the latents `(C, h, w)` of an encoder without a posterior.
 
-    It pays where crops come again: with `crops_per_image` of the datasets. Not the sampled latents but the
-    distribution is kept, so that every epoch still draws its own.
+    It pays off where crops repeat: with `crops_per_image` of the datasets. The distribution is stored instead of
+    samples, so that every epoch still draws its own.
 
     Args:
-        folder (`str` or `Path`): Where the files are. It is made when the first one is written.
-        fingerprint (`str`): Which encoder they are of, from [`vae_fingerprint`]. Each has its own subfolder.
-
-    Raises:
-        ValueError: If the fingerprint is not the name of a folder.
+        folder (`str` or `Path`): The folder. It is made when the first file is written.
+        fingerprint (`str`): Identifies the encoder, from [`vae_fingerprint`]. Each encoder has its own subfolder.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str):
-        if not isinstance(fingerprint, str) or not fingerprint.isalnum():
-            raise ValueError(f"`fingerprint` has to be made of letters and digits, but is {fingerprint!r}.")
         self.folder = Path(folder).expanduser() / fingerprint
         self._warned: set[Path] = set()
 
@@ -45,27 +40,20 @@ class LatentCache:
             keys (`list[str]`): The crops' `"keys"`.
 
         Returns:
-            `list[torch.Tensor | None]`: For each, what was put there, in its number type and on the CPU; `None` if
-            there is nothing, or nothing whole (of which there is one warning a file).
+            `list[torch.Tensor | None]`: For each, the tensor that was put there, in its number type and on the CPU;
+            `None` if there is none, or if the file is damaged (with one warning per file).
         """
         return [self._read(self._path(key)) for key in keys]
 
     def put(self, keys: Sequence[str], tensors: torch.Tensor | Sequence[torch.Tensor]):
         r"""
-        Keep a tensor for each crop, in place of an earlier one.
+        Store a tensor per crop, in place of an earlier one.
 
         Args:
             keys (`list[str]`): The crops' `"keys"`.
-            tensors (`torch.Tensor` or `list[torch.Tensor]`): One for each key, along the first dimension.
-
-        Raises:
-            ValueError: If there is not one tensor for each key.
+            tensors (`torch.Tensor` or `list[torch.Tensor]`): One per key, along the first dimension.
         """
-        if len(tensors) != len(keys):
-            raise ValueError(
-                f"`tensors` has to hold one tensor for each of the {len(keys)} keys, but holds {len(tensors)}."
-            )
-        for key, tensor in zip(keys, tensors):
+        for key, tensor in zip(keys, tensors, strict=True):
             path = self._path(key)
             path.parent.mkdir(parents=True, exist_ok=True)
             tensor = tensor.detach().cpu().contiguous()
@@ -78,7 +66,9 @@ class LatentCache:
 
     def _path(self, key: str) -> Path:
         name = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
-        return self.folder / name[:2] / f"{name[2:]}.safetensors"  # 256 subfolders: a folder of a million is slow
+        return (
+            self.folder / name[:2] / f"{name[2:]}.safetensors"
+        )  # 256 subfolders: a folder of a million files is slow
 
     def _read(self, path: Path) -> torch.Tensor | None:
         if not path.exists():
@@ -87,12 +77,12 @@ class LatentCache:
             with safe_open(path, framework="pt") as file:
                 tensor = file.get_tensor("latents")
                 if file.metadata()["crc32"] != _checksum(tensor):
-                    raise ValueError("its checksum is wrong")
+                    raise ValueError("wrong checksum")
                 return tensor
         except Exception as error:  # of many kinds, for a file that can hold anything
             if path not in self._warned:
                 self._warned.add(path)
-                warnings.warn(f"{path} is damaged and counts as missing: {error}", stacklevel=3)
+                warnings.warn(f"Ignored the damaged file {path}: {error}", stacklevel=3)
             return None
 
 

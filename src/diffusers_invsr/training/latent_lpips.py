@@ -1,4 +1,4 @@
-"""Latent LPIPS (section 3.3): how different two latents look, without decoding them."""
+"""Latent LPIPS (section 3.3 of the paper): the perceptual distance of two latents, without decoding them."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,10 @@ INITIAL_WEIGHT = 0.1  # of the linear layers, about the mean of LPIPS' own
 
 
 class VGG16Trunk(nn.Module):
-    """VGG16's convolutions up to relu5_3, with torchvision's indices as names. Arguments as in [`LatentLPIPS`]."""
+    """
+    VGG16's convolutions up to relu5_3, with torchvision's indices as names. Returns the features of the five levels,
+    each `(batch, channels, height, width)`. Arguments as in [`LatentLPIPS`].
+    """
 
     def __init__(self, in_channels: int, block_out_channels: tuple[int, ...]):
         super().__init__()
@@ -26,7 +29,7 @@ class VGG16Trunk(nn.Module):
         for level, (out_channels, num_convolutions) in enumerate(zip(block_out_channels, CONVOLUTIONS)):
             block = nn.Sequential()
             if level > 0:
-                # Latents are small already: the first three pools are left out, though they keep their indices.
+                # Latents are small already: the first three pools are omitted, but they keep their indices.
                 if level == POOLED_LEVEL:
                     block.add_module(str(index), nn.MaxPool2d(2))
                 index += 1
@@ -49,14 +52,14 @@ class VGG16Trunk(nn.Module):
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:
-    """Features scaled to unit length along the channels."""
+    """Features `(batch, channels, height, width)` scaled to unit length along the channels, in float32."""
     features = features.float()
     # Unlike a square root, `vector_norm` has a gradient at zero.
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 
 def _with_both_names(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of the linear layers, under one of their names (`lin0`, `lins.0`) or both, under both."""
+    """A state dict whose linear layers have one of their names (`lin0`, `lins.0`) or both, with both."""
     pairs = [(f"lin{level}.model.1.weight", f"lins.{level}.model.1.weight") for level in range(len(CONVOLUTIONS))]
     names = dict(pairs) | {second: first for first, second in pairs}
     return {names[key]: value for key, value in state_dict.items() if key in names} | state_dict
@@ -73,29 +76,33 @@ class LatentLPIPS(ModelMixin, ConfigMixin):
     whose first three max-pools are removed, scaled to unit length along the channels, and a weight w_l ≥ 0 for each
     channel.
 
-    The defaults are the published network (14.72 M parameters) with the keys of the published file. Weights start at
+    Both latents are scaled by the VAE's scaling factor and have the shape `(batch, in_channels, height, width)`, 2 × 2
+    or larger; the distance has the shape `(batch,)`, is 0 or more, and 0 for equal latents.
+
+    The defaults are the published network (14.72 M parameters) with the keys of the published file. The weights are
     random; see [`~LatentLPIPS.from_vgg16`] and [`load_latent_lpips`]. In training mode the dropout of LPIPS' linear
-    layers is on; used as a loss, the network is in evaluation mode and frozen.
+    layers is active; as a loss, use the network in evaluation mode and frozen.
 
     Args:
         in_channels (`int`, defaults to 4): Channels of the latents.
-        block_out_channels (`tuple[int]`, defaults to VGG16's): Channels of each of the five levels.
+        block_out_channels (`tuple[int]`, defaults to `(64, 128, 256, 512, 512)`): Channels of each of the five levels.
 
     Raises:
-        ValueError: If `block_out_channels` has not five entries.
+        ImportError: If `lpips` is not installed.
+        ValueError: If `block_out_channels` does not have five entries.
     """
 
     @register_to_config
     def __init__(self, in_channels: int = 4, block_out_channels: tuple[int, ...] = (64, 128, 256, 512, 512)):
         super().__init__()
-        import lpips  # needs torchvision, which not every build of torch has beside it; training can go without
+        import lpips  # requires torchvision, which not every build of torch has; training works without this loss
 
         if len(block_out_channels) != len(CONVOLUTIONS):
             raise ValueError(
-                f"`block_out_channels` needs an entry for each of VGG16's {len(CONVOLUTIONS)} levels, but is"
+                f"`block_out_channels` must have an entry for each of VGG16's {len(CONVOLUTIONS)} levels, got"
                 f" {block_out_channels!r}."
             )
-        # In the published file, but for RGB images: it has no effect on latents.
+        # Part of the published file, but meant for RGB images: it has no effect on latents.
         self.scaling_layer = lpips.ScalingLayer()
         self.net = VGG16Trunk(in_channels, block_out_channels)
         layers = [lpips.NetLinLayer(channels, use_dropout=True) for channels in block_out_channels]
@@ -107,21 +114,21 @@ class LatentLPIPS(ModelMixin, ConfigMixin):
 
     @staticmethod
     def _untie(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, local_metadata: dict[str, Any]):
-        """The linear layers have two names, but a safetensors file holds no tensor twice: one name gets a copy."""
+        """The linear layers have two names, but a safetensors file has no tensor twice: one name gets a copy."""
         for key in [key for key in state_dict if key.startswith(f"{prefix}lins.")]:
             state_dict[key] = state_dict[key].clone()
 
     @classmethod
     def from_vgg16(cls, weights: str | os.PathLike | None = None, in_channels: int = 4) -> "LatentLPIPS":
         r"""
-        The network before it is trained: VGG16 as trained on ImageNet, and the linear layers of LPIPS for RGB images.
+        The network before it is trained: VGG16 trained on ImageNet, with LPIPS' linear layers for RGB images.
 
         Each filter of the first convolution becomes its mean over the colours for all latent channels, times
-        `3 / in_channels`: the sum of its weights stays the same, and with it the size of what it gives.
+        `3 / in_channels`: the sum of its weights stays the same, and with it the scale of its output.
 
         Args:
             weights (`str` or `os.PathLike`, *optional*):
-                File with the state dict of torchvision's VGG16; by default torchvision downloads it.
+                File of the state dict of torchvision's VGG16; by default torchvision downloads it.
             in_channels (`int`, defaults to 4): Channels of the latents.
 
         Returns:
@@ -129,7 +136,7 @@ class LatentLPIPS(ModelMixin, ConfigMixin):
 
         Raises:
             OSError: If the weights could not be downloaded.
-            ValueError: If the file is not one of VGG16.
+            ValueError: If the file does not have VGG16's tensors.
         """
         import lpips
 
@@ -140,7 +147,7 @@ class LatentLPIPS(ModelMixin, ConfigMixin):
                 vgg16 = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
             except (OSError, RuntimeError) as error:
                 raise OSError(
-                    f"torchvision could not download VGG16's ImageNet weights ({error}): give `weights`, the path of"
+                    f"torchvision could not download VGG16's ImageNet weights ({error}): pass `weights`, the path of"
                     " a file of its state dict."
                 ) from error
         else:
@@ -165,7 +172,7 @@ class LatentLPIPS(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def clamp_weights(self):
-        """Set negative weights of the linear layers to zero, so that no difference makes latents more alike."""
+        """Set negative weights of the linear layers to zero, so that no difference reduces the distance."""
         for layer in self.lins:
             layer.model[-1].weight.clamp_(min=0)
 
@@ -177,18 +184,18 @@ class LatentLPIPS(ModelMixin, ConfigMixin):
             y (`torch.Tensor`): Latents to compare them with, of the same shape.
 
         Returns:
-            `torch.Tensor`: Distances of shape `(batch,)`, in float32; 0 for equal latents.
+            `torch.Tensor`: Distances of shape `(batch,)`, in float32, 0 or more.
 
         Raises:
-            ValueError: If the shapes are not the same, or not of this kind.
+            ValueError: If the shapes differ or are invalid.
         """
         channels = self.config["in_channels"]
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != channels or min(x.shape[2:]) < 2:
             raise ValueError(
-                f"`x` and `y` have to be of one shape `(batch, {channels}, height, width)`, 2 × 2 or larger, but are"
-                f" of the shapes {tuple(x.shape)} and {tuple(y.shape)}."
+                f"`x` and `y` must have the same shape `(batch, {channels}, height, width)`, 2 × 2 or larger, got"
+                f" {tuple(x.shape)} and {tuple(y.shape)}."
             )
-        # One after the other, not as one batch: the side that needs no gradient, the target, then keeps no features.
+        # Separately, not as one batch: no features are kept for the side that needs no gradient, the target.
         features_x, features_y = self.net(x.to(self.dtype)), self.net(y.to(self.dtype))
         distance = x.new_zeros(x.shape[0], dtype=torch.float32)
         for feature_x, feature_y, layer in zip(features_x, features_y, self.lins):
@@ -201,7 +208,7 @@ class LatentLPIPS(ModelMixin, ConfigMixin):
 
 def load_latent_lpips(source: str | os.PathLike, config: dict[str, Any] | None = None) -> LatentLPIPS:
     r"""
-    Load a latent LPIPS from a published-style file or from what `save_pretrained` wrote, for use as a loss.
+    Load a latent LPIPS as a loss, from a file in the published format or a folder of `save_pretrained`.
 
     Args:
         source (`str` or `os.PathLike`):
@@ -215,22 +222,20 @@ def load_latent_lpips(source: str | os.PathLike, config: dict[str, Any] | None =
 
     Raises:
         FetchError: If it could not be fetched from the Hub.
-        FileNotFoundError: If there is neither such a file nor such a folder.
-        ValueError: If the names or shapes in a file are not those of the configuration, or `source` is something else.
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If names or shapes in the file do not match the configuration, or `source` is something else.
     """
     source = Path(source)
     if source.is_dir():
         if config is not None:
             raise ValueError(
-                f"`config` cannot be given with `source={str(source)!r}`, which has a configuration of its own."
+                f"`config` must be None for the folder `source={str(source)!r}`, which has its own configuration."
             )
         if not (source / LatentLPIPS.config_name).is_file():
-            raise ValueError(f"`source={str(source)!r}` has to be a folder with a {LatentLPIPS.config_name}.")
+            raise ValueError(f"`source={str(source)!r}` must be a folder with a {LatentLPIPS.config_name}.")
         return LatentLPIPS.from_pretrained(source, torch_dtype=torch.float32).eval().requires_grad_(False)
     if source.suffix not in CHECKPOINT_SUFFIXES:
-        raise ValueError(
-            f"`source={str(source)!r}` has to be a folder or a {', '.join(CHECKPOINT_SUFFIXES)} file, but is neither."
-        )
+        raise ValueError(f"`source` must be a folder or a {', '.join(CHECKPOINT_SUFFIXES)} file, got {str(source)!r}.")
 
     with torch.device("meta"):
         model = LatentLPIPS.from_config(config or {})

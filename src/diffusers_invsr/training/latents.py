@@ -1,10 +1,11 @@
-"""Latents of a frozen VAE in two parts: what an image determines, which can be kept, and what chance adds."""
+"""Latents of a frozen VAE in two steps: the posterior, which can be cached, and a sample of it."""
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from ..devices import dtype_of
+from ..noise_predictor import draw
 from .latent_cache import LatentCache
 
 
@@ -21,11 +22,11 @@ def encode_posterior(
     Args:
         vae (`AutoencoderKL` or `AutoencoderTiny`): The frozen VAE.
         image (`torch.Tensor`): Images `(B, 3, H, W)`, in [0, 1].
-        cache ([`LatentCache`], *optional*): Where they are looked up first, and kept.
-        keys (`list[str]`, *optional*): What the cache knows the images by.
+        cache ([`LatentCache`], *optional*): Where posteriors are looked up and stored.
+        keys (`list[str]`, *optional*): The images' keys in the cache.
 
     Returns:
-        `torch.Tensor`: Mean and log-variance, `(B, 2C, h, w)`; of an autoencoder without a posterior, such as
+        `torch.Tensor`: Mean and log-variance, `(B, 2C, h, w)`; for an autoencoder without a posterior, such as
         `AutoencoderTiny`, the latents `(B, C, h, w)`. Not scaled.
     """
     kept = [None] * len(image) if cache is None else cache.get(keys)
@@ -42,10 +43,10 @@ def encode_posterior(
 
 def draw_latents(vae: AutoencoderKL | AutoencoderTiny, posterior: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     r"""
-    z = c · (mean + std · ξ).
+    Sample the posterior: z = c · (mean + std · ξ), with the VAE's scaling factor c.
 
     Args:
-        vae (`AutoencoderKL` or `AutoencoderTiny`): The frozen VAE, which knows c.
+        vae (`AutoencoderKL` or `AutoencoderTiny`): The frozen VAE.
         posterior (`torch.Tensor`): From [`encode_posterior`].
         noise (`torch.Tensor`): ξ, standard Gaussian noise `(B, C, h, w)`.
 
@@ -54,6 +55,5 @@ def draw_latents(vae: AutoencoderKL | AutoencoderTiny, posterior: torch.Tensor, 
     """
     latents = posterior.float()
     if latents.shape[1] == 2 * noise.shape[1]:
-        dist = DiagonalGaussianDistribution(latents)
-        latents = dist.mean + dist.std * noise
+        latents = draw(DiagonalGaussianDistribution(latents), noise)
     return vae.config.scaling_factor * latents

@@ -1,4 +1,4 @@
-"""Means of losses by starting step, and the log file of a run."""
+"""Means of losses by starting timestep, and the log file of a run."""
 
 import json
 import math
@@ -14,10 +14,11 @@ from ..scheduling_invsr import START_TIMESTEPS
 
 class StepwiseMeter:
     r"""
-    Means of per-image losses, over all images and by starting step, since the last time they were asked for.
+    Means of per-image losses, over all images and by starting timestep, since they were last computed.
 
     Args:
-        start_timesteps (`Sequence[int]`, *optional*): Starting steps, counted from 1; by default the published ones.
+        start_timesteps (`Sequence[int]`, *optional*):
+            Starting timesteps, counted from 1; by default the published ones.
     """
 
     def __init__(self, start_timesteps: Sequence[int] = START_TIMESTEPS):
@@ -25,12 +26,12 @@ class StepwiseMeter:
 
     def add(self, name: str, values: torch.Tensor, timesteps: torch.Tensor):
         r"""
-        Count the losses of a batch. Values that are not finite are left out.
+        Add the losses of a batch. Values that are not finite are ignored.
 
         Args:
             name (`str`): Name of the loss.
-            values (`torch.Tensor`): Its value for each image, `(B,)`.
-            timesteps (`torch.Tensor`): Starting steps as schedule indices, `(B,)`.
+            values (`torch.Tensor`): Its value per image, `(B,)`.
+            timesteps (`torch.Tensor`): Starting timesteps as schedule indices, `(B,)`.
         """
         sums = self.sums.setdefault(name, torch.zeros(len(self.start_timesteps), 2, dtype=torch.float64))
         values, timesteps = values.detach().double().cpu(), timesteps.cpu()
@@ -59,12 +60,12 @@ class StepwiseMeter:
 
 class RunLog:
     r"""
-    `log.jsonl`: one JSON object a line, each with its `iteration`.
+    `log.jsonl`: one JSON object per line, each with its `iteration`. A value that is not finite is `null`.
 
     Args:
         file (`Path`): The file; it is appended to.
         iteration (`int`, *optional*):
-            Where the run goes on. Lines beyond it, left by a run that was killed, are removed; by default all are.
+            Where the run resumes. Later lines, left by a run that was killed, are removed; by default all are.
     """
 
     def __init__(self, file: Path, iteration: int | None = None):
@@ -73,6 +74,7 @@ class RunLog:
         write_atomically(file, "".join(json.dumps(record) + "\n" for record in kept))
 
     def append(self, iteration: int, values: dict[str, float]):
+        """Write a line with these values by name."""
         # JSON has no NaN
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self.file.open("a", encoding="utf-8") as stream:
@@ -80,7 +82,7 @@ class RunLog:
 
 
 def read_log(file: Path, last_iteration: float = math.inf) -> list[dict[str, float]]:
-    """Records of a `log.jsonl` up to an iteration; a last line that was cut off by a kill is left out."""
+    """Records of a `log.jsonl` up to an iteration, without a last line that was cut off when the run was killed."""
     records = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:
@@ -90,3 +92,17 @@ def read_log(file: Path, last_iteration: float = math.inf) -> list[dict[str, flo
         if record["iteration"] <= last_iteration:
             records.append(record)
     return records
+
+
+def validation_table(records: Sequence[dict[str, float]]) -> str:
+    """A Markdown table for the model card of the first and the last validation of a log, or an empty text."""
+    validations = [record for record in records if any(key.startswith("psnr_y/") for key in record)]
+    if not validations:
+        return ""
+    first, last = validations[0], validations[-1]
+    # LPIPS is missing where a part of the run had no network; a value that was not finite is None
+    names = [key for key in first if key != "iteration" and None not in (first[key], last.get(key))]
+    rows = [f"| iteration | {' | '.join(names)} |", "| --- " * (len(names) + 1) + "|"]
+    for record in (first, last):
+        rows.append(f"| {record['iteration']} | {' | '.join(f'{record[name]:.4f}' for name in names)} |")
+    return "\n".join(rows)

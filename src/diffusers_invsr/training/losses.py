@@ -3,16 +3,17 @@ The objective of training (section 3.3 of the [InvSR paper](https://arxiv.org/ab
 
     L = L2(ẑ₀, z₀) + 2.0 · LPIPS(ẑ₀, z₀) + 0.1 · adversarial(ẑ₀)
 
-Losses are returned image by image, so that logs can be split by starting step; their mean is what is descended. The
-latent LPIPS is [`LatentLPIPS`].
+Losses are returned per image, so that logs can be split by starting timestep; their mean is minimized. The latent
+LPIPS is [`LatentLPIPS`].
 """
 
 import torch
 from torch import nn
 
 from ..devices import dtype_of
-from ..noise_predictor import InvSRNoisePredictor
+from ..noise_predictor import InvSRNoisePredictor, draw
 from ..scheduling_invsr import InvSRScheduler
+from .errors import TrainingError
 
 
 DISCRIMINATOR_RANGE = 10.0  # ẑ₀ is clamped to ±10 before the discriminator sees it
@@ -29,19 +30,19 @@ def one_step_estimate(
     prompt_embeds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
-    The clean latents that the diffusion model makes of the LR image in one step, differentiable in the predictor.
+    The clean latents that the diffusion model predicts from the LR image in one step, differentiable in the predictor.
 
         n  = mean + exp(logvar / 2) · ξ₁                  (the predicted noise map)
         z  = √ᾱ · z_lr + √(1 − ᾱ) · n                     (the starting state)
         ẑ₀ = (z − √(1 − ᾱ) · ε(z)) / √ᾱ
 
     Args:
-        noise_predictor ([`InvSRNoisePredictor`]): The network that is trained, wrapped for several processes or not.
+        noise_predictor ([`InvSRNoisePredictor`]): The trained network, wrapped or not.
         unet (`nn.Module`): The frozen diffusion model, which predicts ε.
         scheduler ([`InvSRScheduler`]): Holds ᾱ.
         lr (`torch.Tensor`): LR images `(B, 3, h, w)`, in [0, 1].
         lr_latents (`torch.Tensor`): z_lr, scaled latents `(B, C, H, W)` of the enlarged LR images.
-        timesteps (`torch.Tensor`): Starting step of each image as schedule index (199 for step 200), `(B,)`.
+        timesteps (`torch.Tensor`): Starting timestep of each image as schedule index (199 for step 200), `(B,)`.
         noise (`torch.Tensor`): ξ₁, standard Gaussian noise of the latents' shape.
         prompt_embeds (`torch.Tensor`, *optional*): Embeddings of the fixed prompt, `(1, tokens, width)`.
 
@@ -49,15 +50,14 @@ def one_step_estimate(
         `torch.Tensor`: ẑ₀ in float32, `(B, C, H, W)`.
 
     Raises:
-        ValueError: If the diffusion model does not predict ε.
+        TrainingError: If the diffusion model does not predict ε.
     """
     if scheduler.config["prediction_type"] != "epsilon":
-        raise ValueError(
-            f"`scheduler` has to have `prediction_type='epsilon'`, but has {scheduler.config['prediction_type']!r}."
+        raise TrainingError(
+            f"`prediction_type` of the scheduler must be 'epsilon', got {scheduler.config['prediction_type']!r}."
         )
     alphas = scheduler.alphas_cumprod.to(lr.device)[timesteps].view(-1, 1, 1, 1)
-    noise_dist = noise_predictor(2 * lr - 1, timesteps).latent_dist
-    noise_map = noise_dist.mean.float() + torch.exp(0.5 * noise_dist.logvar.float()) * noise
+    noise_map = draw(noise_predictor(2 * lr - 1, timesteps).latent_dist, noise)
     latents = alphas.sqrt() * lr_latents + (1 - alphas).sqrt() * noise_map
     if prompt_embeds is not None:
         prompt_embeds = prompt_embeds.expand(len(lr), -1, -1)
@@ -66,17 +66,17 @@ def one_step_estimate(
 
 
 def latent_l2(estimate: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean of (ẑ₀ − z₀)² of each image, `(B,)`, of latents `(B, C, H, W)`."""
+    """Mean of (ẑ₀ − z₀)² per image, `(B,)`, of latents `(B, C, H, W)`."""
     return (estimate - target).square().flatten(1).mean(dim=1)
 
 
 def hinge_generator(logits: list[torch.Tensor]) -> torch.Tensor:
-    """−mean D(ẑ₀) of each image, averaged over the discriminator's outputs: `(B,)`, of maps `(B, 1, h, w)`."""
+    """−mean D(ẑ₀) per image, averaged over the discriminator's outputs: `(B,)`, of maps `(B, 1, h, w)`."""
     return -torch.stack([output.float().flatten(1).mean(dim=1) for output in logits]).mean(dim=0)
 
 
 def hinge_discriminator(real_logits: list[torch.Tensor], fake_logits: list[torch.Tensor]) -> torch.Tensor:
-    """½ (relu(1 − D(z₀)) + relu(1 + D(ẑ₀))) of each image, averaged over outputs: `(B,)`, of maps `(B, 1, h, w)`."""
+    """½ (relu(1 − D(z₀)) + relu(1 + D(ẑ₀))) per image, averaged over outputs: `(B,)`, of maps `(B, 1, h, w)`."""
     losses = [
         0.5 * (torch.relu(1 - real.float()) + torch.relu(1 + fake.float())).flatten(1).mean(dim=1)
         for real, fake in zip(real_logits, fake_logits, strict=True)

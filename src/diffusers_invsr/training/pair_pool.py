@@ -9,21 +9,21 @@ from ..checks import is_integer
 
 class PairPool:
     """
-    Mixes the pairs of the last batches, so that the images of one batch do not share what was drawn for the batch (the
-    "training pair pool" of section 4.1 of [Real-ESRGAN](https://arxiv.org/abs/2107.10833)).
+    Mixes the pairs of the last batches, so that the images of a batch do not share the settings that were drawn for a
+    whole batch (the "training pair pool" of section 4.1 of [Real-ESRGAN](https://arxiv.org/abs/2107.10833)).
 
-    The pool takes up the memory of `num_batches` batches, where the first batch is.
+    The pool needs the memory of `num_batches` batches, on the device of the first one.
 
     Args:
         num_batches (`int`): Batches that the pool holds. With 0, [`~PairPool.exchange`] returns its arguments.
 
     Raises:
-        ValueError: If `num_batches` is not an integer of 0 or more.
+        ValueError: If `num_batches` is not an integer, or negative.
     """
 
     def __init__(self, num_batches: int):
         if not is_integer(num_batches) or num_batches < 0:
-            raise ValueError(f"`num_batches` has to be an integer of 0 or more, but is {num_batches!r}.")
+            raise ValueError(f"`num_batches` must be an integer greater than or equal to 0, got {num_batches!r}.")
         self.num_batches = int(num_batches)
         self.filled = 0  # batches
         self.tensors: list[torch.Tensor] = []
@@ -31,13 +31,13 @@ class PairPool:
     @torch.no_grad()
     def exchange(self, *tensors: torch.Tensor, generator: torch.Generator | None = None) -> tuple[torch.Tensor, ...]:
         """
-        Put a batch into the pool and take one out. Until the pool is full, the batch itself is returned. Then it takes
-        the places of as many pairs, drawn at random without repetition, and those are returned.
+        Put a batch into the pool and take one out. Until the pool is full, the batch itself is returned. After that it
+        replaces as many pairs, drawn at random without replacement, and those are returned.
 
         Args:
             *tensors (`torch.Tensor`):
-                Aligned tensors, e.g. HR and LR images, of the shapes `(batch, ...)`; the same entry of each makes a
-                pair. All calls need the same number, shapes and types.
+                Aligned tensors `(batch, ...)`, such as HR and LR images; the same entry of each forms a pair. All
+                calls need the same number, shapes and types.
             generator (`torch.Generator`, *optional*): Source of the random draw, on any device.
 
         Returns:
@@ -48,7 +48,7 @@ class PairPool:
         """
         if not tensors or any(tensor.ndim == 0 or len(tensor) != len(tensors[0]) for tensor in tensors):
             raise ValueError(
-                f"`tensors` need the same first dimension, but have the shapes {[tuple(t.shape) for t in tensors]}."
+                f"`tensors` must have the same first dimension, got the shapes {[tuple(t.shape) for t in tensors]}."
             )
         if self.num_batches == 0:
             return tensors
@@ -57,7 +57,9 @@ class PairPool:
             self.tensors = [t.new_zeros(self.num_batches * batch, *t.shape[1:]) for t in tensors]
         expected = [((len(pool) // self.num_batches, *pool.shape[1:]), pool.dtype) for pool in self.tensors]
         if (given := [(tuple(t.shape), t.dtype) for t in tensors]) != expected:
-            raise ValueError(f"`tensors` have to be those of the pool's first batch, {expected}, but are {given}.")
+            raise ValueError(
+                f"`tensors` must have the shapes and types of the pool's first batch, {expected}, got {given}."
+            )
         # A pool read from a checkpoint may be on another device.
         self.tensors = [pool.to(t.device) for pool, t in zip(self.tensors, tensors)]
 
@@ -78,19 +80,19 @@ class PairPool:
         return tuple(taken)
 
     def state_dict(self) -> dict[str, Any]:
-        """The pool's pairs and how many batches it holds. The tensors are the pool's own, not copies."""
+        """The pool's pairs and how many batches it holds. The tensors are not copied."""
         return {"num_batches": self.num_batches, "filled": self.filled, "tensors": list(self.tensors)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        Take over a copy of the state of another pool.
+        Copy the state of another pool.
 
         Raises:
-            ValueError: If that pool is of another size.
+            ValueError: If that pool has another size.
         """
         if state_dict["num_batches"] != self.num_batches:
             raise ValueError(
-                f"`state_dict` has to be of a pool of {self.num_batches} batches, but its pool has"
+                f"`state_dict` must be from a pool of {self.num_batches} batches, got one of"
                 f" {state_dict['num_batches']}."
             )
         self.filled = state_dict["filled"]

@@ -1,4 +1,4 @@
-"""Where HR images come from: the files of folders and lists, and shards that are streamed, local or remote."""
+"""Sources of HR images: files of folders and lists, and shards that are streamed, local or remote."""
 
 import os
 import re
@@ -14,13 +14,14 @@ import fsspec
 from PIL import Image, UnidentifiedImageError
 
 from ..image_files import IMAGE_SUFFIXES, images_below
+from .errors import TrainingError
 
 
 STREAM_PREFIXES = ("webdataset:", "datasets:")
 
 
 class BadImage(Exception):
-    """An image that is left out. Its text is the reason, short and the same for all images of one kind."""
+    """An image that is skipped. Its text is the reason, short and the same for all images of one kind."""
 
 
 def reason_of(error: Exception) -> str:
@@ -42,12 +43,12 @@ def reason_of(error: Exception) -> str:
 def check_sources(sources: Sequence[str]) -> list[str]:
     sources = [sources] if isinstance(sources, str) else list(sources)
     if not sources or not all(isinstance(source, str) and source for source in sources):
-        raise ValueError(f"`sources` has to be a list of at least one folder, list or stream, but is {sources!r}.")
+        raise TrainingError(f"`sources` must be a list of at least one folder, list or stream, got {sources!r}.")
     streams = [source for source in sources if source.startswith(STREAM_PREFIXES)]
     if streams and len(streams) < len(sources):
         files = next(source for source in sources if source not in streams)
-        raise ValueError(
-            f"`sources` has to hold either streams or folders and lists, but mixes {streams[0]!r} and {files!r}."
+        raise TrainingError(
+            f"`sources` must be either streams, or folders and lists, but mixes {streams[0]!r} and {files!r}."
         )
     return sources
 
@@ -60,38 +61,36 @@ def list_files(source: str) -> list[str]:
         source (`str`): As in [`make_dataset`].
 
     Returns:
-        `list[str]`: Absolute paths. Those of a folder are sorted and exist; those of a list are as it says.
+        `list[str]`: Absolute paths. Those of a folder are sorted and exist; those of a list are not checked.
 
     Raises:
-        ValueError: If the source is a stream, is missing, has no images or has another limit than `[:N]` with N >= 1.
+        TrainingError: If the source is a stream, is missing or has no images, or its limit is not `[:N]` with N >= 1.
     """
     if source.startswith(STREAM_PREFIXES):
-        raise ValueError(f"`sources` has to hold folders and lists here, but holds the stream {source!r}.")
+        raise TrainingError(f"A folder or a list is required, got the stream {source!r}.")
     path, limit = Path(source).expanduser(), None
     if not path.exists() and (match := re.fullmatch(r"(.+)\[(.*)\]", source)):
         path = Path(match[1]).expanduser()
         if not (number := re.fullmatch(r":0*([1-9]\d*)", match[2])):
-            raise ValueError(f"`sources` has a limit [{match[2]}] in {source!r}, but it has to be [:N] with N >= 1.")
+            raise TrainingError(f"The limit in {source!r} must be [:N] with N >= 1, got [{match[2]}].")
         limit = int(number[1])
     if path.is_dir():
         files, errors = images_below(path)
         for error in errors:
-            warnings.warn(f"{error.filename} cannot be read and is left out: {error.strerror}", stacklevel=2)
+            warnings.warn(f"Skipped {error.filename}, which could not be read: {error.strerror}", stacklevel=2)
     elif path.suffix.lower() in IMAGE_SUFFIXES:
-        raise ValueError(f"`sources` has to hold folders, lists or streams, but holds the image file {source!r}.")
+        raise TrainingError(f"A folder, list or stream is required, got the image file {source!r}.")
     elif path.is_file():
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
-            raise ValueError(
-                f"`sources` has the list {source!r}, but it is not a text file with a path a line."
-            ) from None
+            raise TrainingError(f"The list {source!r} must be a text file with one path per line.") from None
         files = [path.parent / Path(line.strip()).expanduser() for line in lines if line.strip()]
     else:
-        raise ValueError(f"`sources` has the folder or list {source!r}, but there is none.")
+        raise TrainingError(f"There is no folder or list {source!r}.")
     if not files:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"`sources` has {source!r}, but it has no images ({suffixes}).")
+        raise TrainingError(f"{source!r} has no images ({suffixes}).")
     return [os.path.abspath(file) for file in files[:limit]]
 
 
@@ -111,7 +110,7 @@ class TarShard:
                         if member.isfile() and suffix in IMAGE_SUFFIXES and not name.startswith("."):
                             yield f"{self.url}/{member.name}", archive.extractfile(member).read()
             except (tarfile.TarError, zlib.error, EOFError) as error:
-                # What came before it stays; an error of the storage is not caught, for then the rounds would differ.
+                # What came before is kept. An error of the storage is not caught, or the rounds would differ.
                 yield self.url, error
 
 
@@ -145,19 +144,19 @@ class DatasetShard:
 def open_shards(source: str) -> list[TarShard] | list[DatasetShard]:
     prefix, _, name = source.partition(":")
     if f"{prefix}:" not in STREAM_PREFIXES:
-        raise ValueError(f"`sources` has to hold streams here, but holds {source!r}.")
+        raise TrainingError(f"A stream is required, got {source!r}.")
     if prefix == "webdataset":
         urls = expand_braces(name)
         missing = next((url for url in urls if "://" not in url and not os.path.isfile(url)), None)
         if missing is not None:
-            raise ValueError(f"`sources` has {source!r}, but there is no tar file {missing!r}.")
+            raise TrainingError(f"There is no tar file {missing!r}, which {source!r} names.")
         return [TarShard(url if "://" in url else os.path.abspath(url)) for url in urls]
 
     try:
         import datasets
     except ImportError:
         raise ImportError(
-            f'{source!r} needs the library `datasets`: pip install "diffusers-invsr[training]"'
+            f'{source!r} requires the library `datasets`: pip install "diffusers-invsr[training]"'
         ) from None
     split = "train"
     if match := re.fullmatch(r"(.+):(\w+)", name):
@@ -165,12 +164,10 @@ def open_shards(source: str) -> list[TarShard] | list[DatasetShard]:
     try:
         dataset = datasets.load_dataset(name, split=split, streaming=True)
     except Exception as error:  # of many kinds, from the Hub's client as well
-        raise ValueError(f"`sources` has {source!r}, but it cannot be opened: {error}") from error
+        raise TrainingError(f"{source!r} could not be opened: {error}") from error
     columns = [key for key, feature in (dataset.features or {}).items() if isinstance(feature, datasets.Image)]
     if not columns:
-        raise ValueError(
-            f"`sources` has {source!r}, but it has no column of type Image, only {list(dataset.features or {})}."
-        )
+        raise TrainingError(f"{source!r} has no column of type Image, only {list(dataset.features or {})}.")
     dataset = dataset.select_columns(columns[0]).cast_column(columns[0], datasets.Image(decode=False))
     return [DatasetShard(dataset, f"{name}:{split}", columns[0], index) for index in range(dataset.num_shards)]
 
@@ -186,7 +183,7 @@ def expand_braces(text: str) -> list[str]:
     else:
         choices = match[1].split(",")
     if not choices or choices == [""]:
-        raise ValueError(f"`sources` has an empty range {match[0]} in {text!r}.")
+        raise TrainingError(f"The range {match[0]} in {text!r} is empty.")
     return [
         f"{text[: match.start()]}{choice}{rest}" for choice in choices for rest in expand_braces(text[match.end() :])
     ]

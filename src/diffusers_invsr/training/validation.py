@@ -1,4 +1,4 @@
-"""What a model under training makes of a fixed set of images."""
+"""Validation during training: metrics and pictures of a fixed set of images."""
 
 import logging
 from pathlib import Path
@@ -12,21 +12,22 @@ from ..image_files import read_image
 from ..image_processor import InvSRImageProcessor
 from ..metrics import load_lpips, psnr_y, ssim_y
 from ..pipeline_invsr import InvSRPipeline
+from .errors import TrainingError
 
 
 logger = logging.getLogger(__name__)
 
 STEPS = {"1_step": 1, "3_steps": 3}
 LABEL_HEIGHT = 16
-MULTIPLE = 64  # of the HR sides, so that every level of VAE and UNet halves without a rest
+MULTIPLE = 64  # of the HR height and width, so that every level of VAE and UNet halves evenly
 
 
 def load_lpips_if_possible() -> torch.nn.Module | None:
-    """LPIPS (VGG) of RGB images, or `None` with a warning where it cannot be had: training goes on without it."""
+    """LPIPS (VGG) of RGB images, or `None` with a warning if it is unavailable: training continues without it."""
     try:
         return load_lpips()
     except (ImportError, OSError, RuntimeError) as error:  # torchvision is missing or does not fit; no network
-        logger.warning(f"Validation goes without LPIPS, whose weights cannot be had here ({error}).")
+        logger.warning(f"LPIPS is unavailable, and missing from the validation ({error}).")
         return None
 
 
@@ -36,19 +37,24 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
-    """`(1, 3, H, W)` in [0, 1] as an RGB image of 8 bits."""
+    """`(1, 3, H, W)` in [0, 1] as an 8-bit RGB image."""
     return Image.fromarray((pixels[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 class ValidationSet:
     r"""
-    HR crops from the middle of photographs, and their LR versions by the degradation of test sets (section 4.1).
+    Central HR crops of photographs, and their LR versions by the degradation of test sets (section 4.1 of the paper).
 
     Args:
-        files (`list[str]`): Photographs. One that is too small or cannot be read is an error here, not skipped.
-        crop_size (`int`): Side of the HR crops in pixels; a smaller photograph is taken as far as it goes.
+        files (`list[str]`): Photographs.
+        crop_size (`int`):
+            Height and width of the HR crops in pixels. The crop of a smaller photograph is smaller; sides are rounded
+            down to multiples of 64.
         scale (`int`, defaults to 4): Scale factor.
         seed (`int`, defaults to 0): Seed of the degradation (with the image's number) and of sampling.
+
+    Raises:
+        TrainingError: If a photograph could not be read or is smaller than 64 pixels.
     """
 
     def __init__(self, files: list[str], crop_size: int, scale: int = 4, seed: int = 0):
@@ -60,11 +66,11 @@ class ValidationSet:
             try:
                 pixels = InvSRImageProcessor().preprocess(read_image(Path(file))[0])[0].pixels
             except Exception as error:  # of many kinds, from Pillow's decoders
-                raise ValueError(f"The image for validation {file!r} cannot be read: {error}") from error
+                raise TrainingError(f"The validation image {file!r} could not be read: {error}") from error
             size = [min(side, crop_size) // MULTIPLE * MULTIPLE for side in pixels.shape[1:]]
             if not all(size):
-                raise ValueError(
-                    f"The image for validation {file!r} has to be at least {MULTIPLE} pixels high and wide, but is"
+                raise TrainingError(
+                    f"The validation image {file!r} must be at least {MULTIPLE} pixels high and wide, got"
                     f" {pixels.shape[1]}x{pixels.shape[2]}."
                 )
             top, left = ((side - cropped) // 2 for side, cropped in zip(pixels.shape[1:], size))
@@ -75,14 +81,14 @@ class ValidationSet:
 
     def measure(self, pipe: InvSRPipeline) -> tuple[dict[str, float], list[Image.Image]]:
         r"""
-        Enlarge the set in one and in three steps and compare with the HR images and with bicubic enlargement.
+        Upscale the LR images in one step, in three steps and by bicubic interpolation, and compare with the HR images.
 
         Args:
             pipe ([`InvSRPipeline`]): The model.
 
         Returns:
-            `tuple[dict[str, float], list[Image.Image]]`: Means by name, such as `"psnr_y/1_step"`; and for each image
-            a row LR | bicubic | 1 step | 3 steps | HR.
+            `tuple[dict[str, float], list[Image.Image]]`: Mean metrics by name, such as `"psnr_y/1_step"`; and per
+            image a row LR | bicubic | 1 step | 3 steps | HR.
         """
         if self.lpips is not None:
             self.lpips.to(pipe.device)
@@ -112,7 +118,7 @@ class ValidationSet:
 
 
 def row(images: dict[str, Image.Image]) -> Image.Image:
-    """Images of one size beside each other, under their names."""
+    """Images of one size side by side, with their names above."""
     width, height = next(iter(images.values())).size
     sheet = Image.new("RGB", (width * len(images), height + LABEL_HEIGHT), "white")
     draw = ImageDraw.Draw(sheet)
