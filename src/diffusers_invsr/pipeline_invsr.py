@@ -480,7 +480,8 @@ class InvSRPipeline(
 
         # 3. Enlarge tile by tile; each finished image gets its type while the device works on the next one
         images = {}
-        with self.running_call(guidance_scale=guidance_scale, num_timesteps=num_timesteps), self.upcast_vae():
+        running = self.running_call(guidance_scale=guidance_scale, num_timesteps=num_timesteps)
+        with running, self.upcast_vae(), self.exact_group_norm(device):
             for number, result in self.enlarge_images(inputs, call, device):
                 images[number] = self.image_processor.postprocess(result[0], inputs[number], output_type)
                 del result  # or else memory holds it beside the next one

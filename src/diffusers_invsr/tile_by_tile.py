@@ -1,7 +1,7 @@
 """How a pipeline works through the tiles of its images, within the memory and the number range that there are."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, product
@@ -15,6 +15,7 @@ from .call_arguments import MAX_SCALE, MIN_SCALE, CallArguments
 from .checks import is_auto
 from .color_fix import apply_color_fix
 from .devices import dtype_of, in_float32
+from .group_norm import ExactGroupNorm
 from .image_processor import InputImage
 from .tile_batches import Tile, TileBatches, TileMemoryError, blend, fetch_results, is_out_of_memory
 from .tiling import TileBlender, TileGrid
@@ -237,3 +238,7 @@ class TileByTileMixin:
         """Runs a VAE in float32 whose configuration says that it overflows in float16."""
         overflows = dtype_of(self.vae) == torch.float16 and self.vae.config.get("force_upcast")
         return in_float32(self.vae) if overflows else in_float32()
+
+    def exact_group_norm(self, device: torch.device) -> AbstractContextManager[None]:
+        """Computes GroupNorm exactly on a CPU, where tiles are channels_last; what is compiled does so by itself."""
+        return ExactGroupNorm() if device.type == "cpu" and not self.is_compiled else nullcontext()
