@@ -50,12 +50,12 @@ from benchmark_variants import (
 )
 from peak_memory import PeakMemory, return_free_memory
 from PIL import Image, ImageChops, ImageOps
+from random_sd_turbo import build_pipeline
 from tqdm import tqdm
 
 from diffusers_invsr import TINY, InvSRPipeline, keep_freed_memory
 from diffusers_invsr.cli_models import describe
 from diffusers_invsr.metrics import psnr
-from diffusers_invsr.sd_turbo import build_pipeline
 
 
 PHOTOGRAPH = Path(__file__).parents[1] / "images" / "lighthouse.png"

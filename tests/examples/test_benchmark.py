@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_sd_turbo import WIDTHS, build_pipeline, scaled_configs
 from torch import nn
 
 from diffusers_invsr import TINY, InvSRNoisePredictor, InvSRPipeline
-from diffusers_invsr.sd_turbo import WIDTHS, build_pipeline, scaled_configs
 
 
 pytest.importorskip("matplotlib")
@@ -73,7 +73,7 @@ def test_scaled_channels_fit_heads_and_groups(width):
 
 @pytest.mark.parametrize("width", (0, 0.3, 2, None))
 def test_other_widths_are_refused(width):
-    with pytest.raises(ValueError, match="`width` has to be one of 1, 0.5, 0.25, 0.125, 0.0625, but is"):
+    with pytest.raises(ValueError, match="`width` must be one of 1, 0.5, 0.25, 0.125, 0.0625, got"):
         build_pipeline(width)
 
 
@@ -243,7 +243,7 @@ def test_variants_change_one_thing_each():
         (["--device", "nowhere"], "--device nowhere cannot be used"),
         (["--device", "meta"], "--device has to be cpu or cuda, but is meta"),
         (["--model", "tiny", "--width", "0.5"], "--width 0.5 is for the random model, not for --model tiny"),
-        (["--width", "0.3"], "`width` has to be one of 1, 0.5, 0.25, 0.125, 0.0625, but is 0.3"),
+        (["--width", "0.3"], "`width` must be one of 1, 0.5, 0.25, 0.125, 0.0625, got 0.3"),
         (["--model", "nothing"], "--model nothing is neither random, tiny nor a folder of a saved pipeline"),
         (["--model", "tiny", "--tile-size", "33"], "the variant 'base' cannot run: `tile_size` has to be a positive"),
         (

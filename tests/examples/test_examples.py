@@ -12,11 +12,11 @@ import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from helpers import FIXTURES
 from PIL import Image
+from random_sd_turbo import build_pipeline
 from safetensors.torch import load_file
 
 from diffusers_invsr import TINY, InvSRPipeline
 from diffusers_invsr.metrics import psnr_y, ssim_y
-from diffusers_invsr.sd_turbo import build_pipeline
 from diffusers_invsr.tiling import TileBlender
 
 

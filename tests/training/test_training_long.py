@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from helpers import EXAMPLES
+from random_sd_turbo import UNET, VAE, make_tokenizer
 from test_training import (  # noqa: F401 (fixtures)
     assert_same_end,
     photos,
@@ -19,7 +20,6 @@ from test_training import (  # noqa: F401 (fixtures)
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_invsr import InvSRNoisePredictor
-from diffusers_invsr.sd_turbo import UNET, VAE, make_tokenizer
 from diffusers_invsr.training import InvSRDiscriminator, LatentLPIPS
 from diffusers_invsr.training.logs import read_log
 
