@@ -49,6 +49,7 @@ def test_training_images(tmp_path, capsys):
     assert not (tmp_path / "others").exists()
 
 
+@pytest.mark.long
 def test_training_from_scratch(tmp_path):
     """Every stage for one iteration, and the same command again, which finds all of it done."""
     rng = np.random.default_rng(0)
