@@ -20,7 +20,7 @@ parser.add_argument("--private", action="store_true", help="create a private rep
 args = parser.parse_args()
 
 pipe = InvSRPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-# The card tells the licence and the training as far as the model's configuration does. Edit it on the Hub: it stays
+# The model card is made from the configuration. You can edit it on the Hub: later pushes keep it
 pipe.push_to_hub(args.repo_id, private=args.private)
 
 # Anyone can load it now. Where `diffusers_invsr` is not installed, the code comes from the Hub:
