@@ -11,9 +11,8 @@ Variants: the first values of all options make the variant `base`. Each further 
 it in that value alone; `--variant NAME:key=value,key=value` adds combinations. All variants are measured for each
 size, number of steps and number of images, in turns, so that other work on the machine affects all alike.
 `--baseline published` adds the published procedure: half-overlapping tiles blended by a Gaussian window, image by
-image and tile by tile, the text encoded for each image, eager, NCHW. The reference of speed-ups and PSNR is that, or
-else `base`. Compiled pipelines do not fit tiles to the image; with `compile=full` or `graphs` among the variants, no
-other does.
+image and tile by tile, eager, NCHW. The reference of speed-ups and PSNR is that, or else `base`. Compiled pipelines do
+not fit tiles to the image; with `compile=full` or `graphs` among the variants, no other does.
 
 Times are medians with the range of all repeats, after warm-up. Speed-ups are ratios of medians, with the range of the
 ratios of single turns. Operations are those of matrix products, convolutions and attention; a multiplication and an
@@ -185,9 +184,8 @@ def warm_up(run: Callable, device: torch.device) -> tuple[float, float | None, n
 
 def prepare(runner: Runner, run: Callable, warmup: int, device: torch.device) -> tuple[Measured, np.ndarray]:
     """Count calls and operations, compile, and warm up. The last run counts for memory and is the result."""
-    first_run, *_ = warm_up(run, device)  # embeds the fixed prompt, which is no call of later runs
     with record_calls(runner.pipe) as calls:  # before compiling, which would include the hooks
-        _, growth, output = warm_up(run, device)
+        first_run, growth, output = warm_up(run, device)
     parts = {
         name: MeasuredPart(calls[name], count_flops(part, calls[name]))
         for name, part in parts_of(runner.pipe).items()

@@ -41,10 +41,6 @@ class Settings:
         default="own",
         metadata={"choices": ("own", "tiny"), "help": "the model's, or an `AutoencoderTiny` with random weights"},
     )
-    text: str = field(
-        default="cached",
-        metadata={"choices": ("cached", "call"), "help": "whether the prompt is embedded once or in each call"},
-    )
     tile_size: int | str | None = field(
         default="auto", metadata={"words": {"auto": "auto", "none": None}, "minimum": 1, "help": "LR pixels"}
     )
@@ -125,7 +121,7 @@ def make_variants(options: dict[str, list], combinations: list[tuple[str, dict]]
         variants += [Variant(f"{name}={value}", replace(base, **{name: value})) for value in values[1:]]
     variants += [Variant(name, replace(base, **changes)) for name, changes in combinations]
     if published:
-        published_settings = {"layout": "nchw", "text": "call", "tile_window": "gaussian", "pool": "no"}
+        published_settings = {"layout": "nchw", "tile_window": "gaussian", "pool": "no"}
         reference = Settings(dtype=base.dtype, tile_size=base.tile_size, **published_settings)
         variants.insert(0, Variant("published", reference))
     names = [variant.name for variant in variants]
@@ -304,7 +300,6 @@ class Runner:
             "tile_overlap": settings.tile_overlap,
             "tile_window": None if settings.tile_window == "auto" else settings.tile_window,
             "tile_batch_size": settings.tile_batch_size,
-            "prompt": pipe.config.prompt if settings.text == "call" and pipe.text_encoder is not None else None,
         }
         if settings.pool == "yes":
             return pipe(images, generator=generators, **options).images
