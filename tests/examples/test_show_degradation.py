@@ -21,4 +21,4 @@ def test_a_sheet_of_degradations(tmp_path, capsys):
     for crop in ("20", "128"):
         with pytest.raises(SystemExit):
             show_degradation.main([*arguments, "--crop", crop])
-        assert "56 to the photograph's shorter side, 64" in capsys.readouterr().err
+        assert "between 56 and 64, the photograph's shorter side" in capsys.readouterr().err
