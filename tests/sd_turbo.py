@@ -10,28 +10,25 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel
 
 
 def save_sd_turbo(folder: Path, cases: dict):
     """Save a tiny `StableDiffusionPipeline` with modules as in `cases.json` and an Euler scheduler in `folder`."""
-    from diffusers_invsr.sd_turbo import make_tokenizer  # here: `enlarge` is used without the package too
+    from random_sd_turbo import make_text_encoder, make_tokenizer  # here: `enlarge` is used without the package too
 
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    text_config = CLIPTextConfig(
+    text_encoder = make_text_encoder(
+        tokenizer,
         vocab_size=len(tokenizer),
         hidden_size=cases["unet"]["cross_attention_dim"],
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
     StableDiffusionPipeline(
         vae=AutoencoderKL(**cases["vae"]),
-        text_encoder=CLIPTextModel(text_config),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=UNet2DConditionModel(**cases["unet"]),
         scheduler=EulerDiscreteScheduler(**cases["scheduler"]),

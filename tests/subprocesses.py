@@ -13,6 +13,7 @@ from typing import Any
 
 
 TESTS = Path(__file__).parent
+HELPERS = [str(TESTS), str(TESTS.parent / "examples" / "benchmarks")]
 
 
 def run(function: Callable, *args, home: Path, hub: str | None = None, python: str | Path = sys.executable) -> Any:
@@ -21,7 +22,7 @@ def run(function: Callable, *args, home: Path, hub: str | None = None, python: s
 
     Args:
         function (`Callable`):
-            Only its own source goes there, so it imports all that it needs. The modules beside this file are on the
+            Only its own source goes there, so it imports all that it needs. The helpers of the tests are on the
             path.
         args: Its arguments, which JSON can hold.
         home (`Path`): Folder for the Hub's cache and the function's files; its working directory.
@@ -42,7 +43,7 @@ def run(function: Callable, *args, home: Path, hub: str | None = None, python: s
     env |= {"HF_ENDPOINT": hub, "HF_TOKEN": "hf_test"} if hub else {"HF_HUB_OFFLINE": "1"}
     program = f"""
 import json, sys
-sys.path.append({str(TESTS)!r})
+sys.path += {HELPERS!r}
 {inspect.getsource(function)}
 result = {function.__name__}(*json.loads(sys.argv[1]))
 print()

@@ -7,22 +7,21 @@
 
 The model is of SD-Turbo's shapes with random weights (`--width` times its channels), or any saved pipeline.
 
-Variants: the first value of each option makes the variant `base`; each further value makes one that differs from it in
-that alone; `--variant NAME:key=value,key=value` adds combinations. All variants are measured for each size, number of
-steps and number of images, turn by turn, so that what else the machine does hits all alike. `--baseline published`
-adds the published procedure: half-overlapping tiles of the first `--tile-size`, one by one, the text encoded at every
-tile, eager, NCHW, in the first `--dtype`. The reference of speed-ups and PSNR is that, or else `base`. Compiled
-pipelines do not fit tiles to the image; with `compile=full`, `graphs` or `plain` among the variants, no other does.
+Variants: the first values of all options make the variant `base`. Each further value makes a variant that differs from
+it in that value alone; `--variant NAME:key=value,key=value` adds combinations. All variants are measured for each
+size, number of steps and number of images, in turns, so that other work on the machine affects all alike.
+`--baseline published` adds the published procedure: half-overlapping tiles blended by a Gaussian window, image by
+image and tile by tile, eager, NCHW. The reference of speed-ups and PSNR is that, or else `base`. Compiled pipelines do
+not fit tiles to the image; with `compile=full` or `graphs` among the variants, no other does.
 
 Times are medians with the range of all repeats, after warm-up. Speed-ups are ratios of medians, with the range of the
-ratios of single turns. Operations are those of matrix products, convolutions and attention, a multiplication and an
-addition as two; the peak is the best of several products of large matrices in the same number type (on CPUs of small
-ones too, and of these alone where the large ones would take more than a second each), as PyTorch is set up.
-Convolutions can exceed it: in float32 on CUDA they may use TF32 where such products do not, and on a CPU they are
-another library's. PSNR compares the results in 8 bits; with random weights it tells whether variants compute the same,
-not how good a result is.
+ratios of single turns. Operations are those of matrix products, convolutions and attention; a multiplication and an
+addition count as two. The peak is the best of several products of large matrices in the same number type (on CPUs also
+of small ones, or only these where large ones would take more than a second each). Convolutions can exceed it: on CUDA
+they may use TF32 for float32, and on CPUs they come from another library. PSNR compares the results in 8 bits. With
+random weights it shows whether variants compute the same, not how good a result is.
 
-Memory is the peak of one run beyond what was held before it. With `--keep-memory` all variants run with
+Memory is the peak of one run beyond what was held before. With `--keep-memory` all variants run with
 `keep_freed_memory()`. Needs matplotlib.
 """
 
@@ -36,10 +35,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from benchmark_common import add_model_arguments, load_model, positive
 from benchmark_report import Measured, MeasuredPart, environment, save_report
 from benchmark_variants import (
     FIELDS,
     Runner,
+    as_called,
     count_flops,
     fix_tile_size,
     make_variants,
@@ -52,10 +53,8 @@ from peak_memory import PeakMemory, return_free_memory
 from PIL import Image, ImageChops, ImageOps
 from tqdm import tqdm
 
-from diffusers_invsr import TINY, InvSRPipeline, keep_freed_memory
-from diffusers_invsr.cli.common import error_message
+from diffusers_invsr import keep_freed_memory
 from diffusers_invsr.metrics import psnr
-from diffusers_invsr.sd_turbo import build_pipeline
 
 
 PHOTOGRAPH = Path(__file__).parents[1] / "images" / "lighthouse.png"
@@ -63,7 +62,7 @@ PHOTOGRAPH = Path(__file__).parents[1] / "images" / "lighthouse.png"
 
 @dataclass(frozen=True)
 class Workload:
-    """What all variants do: LR images of one size, and the steps."""
+    """LR images of one size and a number of steps."""
 
     width: int
     height: int
@@ -82,37 +81,32 @@ class Workload:
 def parse_size(text: str) -> tuple[int, int]:
     sides = text.split("x")
     if len(sides) != 2 or not all(side.isdecimal() and int(side) >= 2 for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} has to be WIDTHxHEIGHT in LR pixels, at least 2x2")
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT in LR pixels, at least 2x2, got {text!r}")
     return int(sides[0]), int(sides[1])
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} has to be an integer from 1")
-    return int(text)
 
 
 def parse_arguments(args: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="new folder for table, JSON and plot")
-    parser.add_argument("--model", default="random", help="random (SD-Turbo's shapes), tiny, or a pipeline's folder")
-    parser.add_argument("--width", type=float, help="channels of the random model: 1 (default), 0.5 ... 0.0625")
+    add_model_arguments(parser, default="random")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--baseline", choices=("base", "published"), default="base", help="the reference")
-    parser.add_argument("--repeats", type=positive, default=5, help="turns that count (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=5, help="turns that are measured (default: %(default)s)")
     parser.add_argument(
         "--warmup", type=positive, default=2, help="runs before them, the last for memory (default: %(default)s)"
     )
-    parser.add_argument("--keep-memory", action="store_true", help="keep freed memory in the process (CPU with glibc)")
     parser.add_argument(
-        "--cudnn-benchmark", action="store_true", help="have cuDNN choose its convolutions by measuring them (CUDA)"
+        "--keep-memory", action="store_true", help="keep freed memory in the process (on CPUs, with glibc)"
     )
-    work = parser.add_argument_group("what is done; all combinations are measured")
+    parser.add_argument(
+        "--cudnn-benchmark", action="store_true", help="let cuDNN choose its convolutions by measuring them (CUDA)"
+    )
+    work = parser.add_argument_group("workloads; all combinations are measured")
     work.add_argument("--sizes", type=parse_size, nargs="+", default=[(128, 128)], help="WIDTHxHEIGHT in LR pixels")
     work.add_argument("--steps", type=positive, nargs="+", default=[1], help="diffusion steps (default: 1)")
     work.add_argument("--images", type=positive, nargs="+", default=[1], help="images (default: 1)")
-    settings = parser.add_argument_group("how it is done; the first values make the variant `base`")
+    settings = parser.add_argument_group("variants; the first values make the variant `base`")
     for name, item in FIELDS.items():
         rules = item.metadata
         accepted = rules.get("choices") or (*rules.get("words", {}), "N")
@@ -130,53 +124,30 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(args)
 
     if arguments.output.exists():
-        parser.error(f"--output {arguments.output} exists already: name a new folder")
-    check_width(parser, arguments)
+        parser.error(f"`--output` must be a new folder, but {arguments.output} exists.")
     try:
         arguments.device = torch.device(arguments.device)
         torch.ones(1, device=arguments.device)
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {arguments.device} cannot be used: {error_message(error)}")
+        parser.error(f"`--device {arguments.device}` cannot be used: {error}")
     if arguments.device.type not in ("cpu", "cuda"):
-        parser.error(f"--device has to be cpu or cuda, but is {arguments.device}")
+        parser.error(f"`--device` must be cpu or cuda, got {arguments.device}.")
     if arguments.keep_memory and arguments.device.type != "cpu":
-        parser.error(f"--keep-memory is for --device cpu, not for {arguments.device}")
+        parser.error("`--keep-memory` needs `--device cpu`.")
     if arguments.cudnn_benchmark and arguments.device.type != "cuda":
-        parser.error(f"--cudnn-benchmark is for --device cuda, not for {arguments.device}")
+        parser.error("`--cudnn-benchmark` needs `--device cuda`.")
     options = {name: getattr(arguments, name) for name in FIELDS}
     try:
         arguments.variants = make_variants(options, arguments.variant, arguments.baseline == "published")
     except ValueError as error:
         parser.error(str(error))
     if arguments.device.type != "cuda" and any(each.settings.compile == "graphs" for each in arguments.variants):
-        parser.error(f"compile=graphs is for --device cuda, not for {arguments.device}")
+        parser.error("`compile=graphs` needs `--device cuda`.")
     return arguments
 
 
-def check_width(parser: argparse.ArgumentParser, arguments: argparse.Namespace):
-    if arguments.width is not None and arguments.model != "random":
-        parser.error(f"--width {arguments.width:g} is for the random model, not for --model {arguments.model}")
-
-
-def load_model(model: str, width: float | None, device: torch.device) -> InvSRPipeline:
-    try:
-        return find_model(model, width, device)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"The model cannot be had: {error_message(error)}") from error
-
-
-def find_model(model: str, width: float | None, device: torch.device) -> InvSRPipeline:
-    if model == "random":
-        with device:  # random numbers are drawn there
-            return build_pipeline(1.0 if width is None else width)
-    folder = Path(TINY if model == "tiny" else model)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"--model {model} is neither random, tiny nor a folder of a saved pipeline")
-    return InvSRPipeline.from_pretrained(folder).to(device)
-
-
 def timed(function, device: torch.device) -> float:
-    """Seconds of a call, the device's work included."""
+    """Seconds of a call, including the device's work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -188,7 +159,7 @@ def timed(function, device: torch.device) -> float:
 
 @torch.no_grad()
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of the fastest of several products of square matrices, of two sizes on a CPU."""
+    """Operations per second of the fastest of several products of square matrices, of two sizes on a CPU."""
     sizes, repeats = ((8192,), 20) if device.type == "cuda" else ((256, 2048), 3)
     rates = []
     for size in sizes:
@@ -201,7 +172,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     return max(rates)
 
 
-def rehearse(run: Callable, device: torch.device) -> tuple[float, float | None, np.ndarray]:
+def warm_up(run: Callable, device: torch.device) -> tuple[float, float | None, np.ndarray]:
     """Seconds of a run, the most memory it takes beyond what was held before, in MB, and its results in 8 bits."""
     return_free_memory()
     with PeakMemory(device) as memory:
@@ -213,24 +184,18 @@ def rehearse(run: Callable, device: torch.device) -> tuple[float, float | None, 
 
 def prepare(runner: Runner, run: Callable, warmup: int, device: torch.device) -> tuple[Measured, np.ndarray]:
     """Count calls and operations, compile, and warm up. The last run counts for memory and is the result."""
-    pipe = runner.pipe
-    with record_calls(pipe) as calls:  # before compiling, which would take the hooks in
-        if pipe.takes_text:
-            pipe.encode_prompt(do_classifier_free_guidance=False, device=device)  # into the cache: no call of the run
-        for entry in calls.values():
-            entry.items = entry.count = 0
-        first_run, growth, output = rehearse(run, device)
-    with pipe.upcast():  # as it ran
-        parts = {
-            name: MeasuredPart(calls[name], count_flops(part, calls[name]))
-            for name, part in parts_of(pipe).items()
-            if name in calls
-        }
+    with record_calls(runner.pipe) as calls:  # before compiling, which would include the hooks
+        first_run, growth, output = warm_up(run, device)
+    parts = {
+        name: MeasuredPart(calls[name], count_flops(part, calls[name]))
+        for name, part in parts_of(runner.pipe).items()
+        if name in calls
+    }
     if runner.variant.settings.compile != "no":
         runner.compile()
-        first_run, growth, output = rehearse(run, device)
+        first_run, growth, output = warm_up(run, device)
     for _ in range(warmup - 1):
-        _, growth, output = rehearse(run, device)
+        _, growth, output = warm_up(run, device)
     return Measured(runner.variant, parts, first_run, growth, runner.weight_bytes / 2**20), output
 
 
@@ -238,7 +203,7 @@ def prepare(runner: Runner, run: Callable, warmup: int, device: torch.device) ->
 def measure(
     workload: Workload, runners: list[Runner], repeats: int, warmup: int, device: torch.device, progress: tqdm
 ) -> list[Measured]:
-    """Measure all variants, turn by turn. The first one is the reference of PSNR."""
+    """Measure all variants in turns. The first one is the reference of PSNR."""
     images, results, reference = workload.make_images(), [], None
     runs = [partial(runner.run, images, workload.steps) for runner in runners]
     for runner, run in zip(runners, runs):
@@ -247,7 +212,7 @@ def measure(
             measured, output = prepare(runner, run, warmup, device)
         except (ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
             name = runner.variant.name
-            raise SystemExit(f"{workload}: the variant {name!r} cannot run: {error_message(error)}") from error
+            raise SystemExit(f"{workload}: the variant {name!r} cannot run: {error}") from error
         reference = output if reference is None else reference
         measured.psnr = psnr(output, reference)
         results.append(measured)
@@ -256,9 +221,9 @@ def measure(
         progress.set_description(f"{workload}: turn {turn + 1} of {repeats}")
         for runner, run, measured in zip(runners, runs, results):
             measured.times.append(timed(run, device))
-            with runner.pipe.upcast():
-                for name, part in measured.parts.items():
-                    module = parts_of(runner.pipe)[name]
+            for name, part in measured.parts.items():
+                module = parts_of(runner.pipe)[name]
+                with as_called(module, part.calls):
                     part.times.append(timed(partial(module, *part.calls.args, **part.calls.kwargs), device))
         progress.update()
     return results
@@ -269,10 +234,10 @@ def main(args: list[str] | None = None):
     device, variants = arguments.device, arguments.variants
     memory_kept = arguments.keep_memory and keep_freed_memory()
     if memory_kept != arguments.keep_memory:
-        raise SystemExit("--keep-memory needs glibc, the C library of most Linux systems")
+        raise SystemExit("`--keep-memory` needs glibc, the C library of most Linux systems.")
     torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
-    model = load_model(arguments.model, arguments.width, device)
-    if any(variant.settings.compile in ("full", "graphs", "plain") for variant in variants):
+    model = load_model(arguments, device)
+    if any(variant.settings.compile in ("full", "graphs") for variant in variants):
         variants = [fix_tile_size(variant, model.config.tile_size) for variant in variants]
     workloads = [
         Workload(*size, steps, images)

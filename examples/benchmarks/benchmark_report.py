@@ -12,6 +12,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from benchmark_common import speed_up
 from benchmark_variants import Calls, Variant
 from matplotlib.figure import Figure
 
@@ -21,7 +22,7 @@ from diffusers_invsr.tables import markdown_table
 
 @dataclass
 class MeasuredPart:
-    """A component: its calls in one run, the operations of the first of them, and the seconds that this one takes."""
+    """A component: its calls in one run, and the operations and the seconds of the first of them."""
 
     calls: Calls
     flops: int
@@ -40,10 +41,10 @@ class Measured:
     Args:
         variant ([`Variant`]): The variant.
         parts (`dict[str, MeasuredPart]`): Its components by name.
-        first_run (`float`): Seconds of the first run after compiling was asked for, the compiler's time included.
+        first_run (`float`): Seconds of the first run, including the compiler's time.
         peak_memory (`float`, *optional*): Growth in one run, in MB.
         weights (`float`): Weights in MB.
-        psnr (`float`): Against the reference's result, in dB; infinite for equal ones.
+        psnr (`float`): Against the reference's result, in dB; infinite if they are equal.
         times (`list[float]`): Seconds of the runs.
     """
 
@@ -64,14 +65,8 @@ class Measured:
         return sum(part.flops_of_run for part in self.parts.values())
 
 
-def speed_up(times: list[float], reference: list[float]) -> tuple[float, float, float]:
-    """Ratio of the reference's median time to a variant's, and the lowest and the highest ratio of a turn."""
-    ratios = [before / after for before, after in zip(reference, times)]
-    return statistics.median(reference) / statistics.median(times), min(ratios), max(ratios)
-
-
 def environment(device: torch.device) -> dict:
-    """What times hang on beside the code."""
+    """What times depend on besides the code."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -96,7 +91,7 @@ def environment(device: torch.device) -> dict:
 
 
 def to_json(results: dict[str, list[Measured]], peaks: dict[str, float], environment: dict) -> dict:
-    """All of it with raw times. JSON has no infinity: `psnr` is null where the results are equal."""
+    """All results with raw times. JSON has no infinity: `psnr` is null where the results are equal."""
     workloads = []
     for workload, variants in results.items():
         rows = []
@@ -119,8 +114,8 @@ def to_json(results: dict[str, list[Measured]], peaks: dict[str, float], environ
                         name: {
                             "calls": part.calls.count,
                             "batch": part.calls.batch,
-                            "flops_a_call": part.flops,
-                            "seconds_a_call": part.times,
+                            "flops_per_call": part.flops,
+                            "seconds_per_call": part.times,
                         }
                         for name, part in measured.parts.items()
                     },
@@ -182,7 +177,7 @@ def to_markdown(results: dict[str, list[Measured]], peaks: dict[str, float], env
 
 
 def make_plot(results: dict[str, list[Measured]]) -> Figure:
-    """Median time of each variant with the range, one diagram for each workload."""
+    """Median time of each variant with its range, one diagram per workload."""
     heights = [1 + 0.35 * len(variants) for variants in results.values()]
     figure = Figure(figsize=(8, sum(heights)), dpi=150, layout="constrained")
     diagrams = figure.subplots(len(results), squeeze=False, height_ratios=heights)[:, 0]
@@ -202,7 +197,7 @@ def make_plot(results: dict[str, list[Measured]]) -> Figure:
 
 
 def save_report(results: dict[str, list[Measured]], peaks: dict[str, float], environment: dict, output: Path) -> str:
-    """Write `benchmark.md`, `.json` and `.png` in a folder that appears when all are written. Returns the tables."""
+    """Write `benchmark.md`, `.json` and `.png` in a folder that appears when all are complete. Returns the tables."""
     output = output.absolute()
     markdown = to_markdown(results, peaks, environment)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What `benchmark.py` compares: settings of a variant, its pipeline, and the published procedure as a loop."""
+"""What `benchmark.py` compares: the settings of a variant, and a pipeline that runs with them."""
 
 import argparse
 import copy
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_invsr import InvSRPipeline
-from diffusers_invsr.resampling import enlarge
+from diffusers_invsr.tiling import TILE_WINDOWS
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,8 @@ class Settings:
     compile: str = field(
         default="no",
         metadata={
-            "choices": ("no", "full", "graphs", "plain", "regional"),
-            "help": "`pipe.compile()`, with `mode='reduce-overhead'` (CUDA graphs), the same without keeping"
-            " PyTorch's GroupNorm on a CPU, or only the UNet's repeated blocks"
+            "choices": ("no", "full", "graphs", "regional"),
+            "help": "`pipe.compile()`, with `mode='reduce-overhead'` (CUDA graphs), or only the UNet's repeated blocks"
             " (`pipe.unet.compile_repeated_blocks()`)",
         },
     )
@@ -42,16 +41,15 @@ class Settings:
         default="own",
         metadata={"choices": ("own", "tiny"), "help": "the model's, or an `AutoencoderTiny` with random weights"},
     )
-    text: str = field(
-        default="cached",
-        metadata={"choices": ("cached", "call"), "help": "prompt embedded once, or again in each call"},
-    )
     tile_size: int | str | None = field(
         default="auto", metadata={"words": {"auto": "auto", "none": None}, "minimum": 1, "help": "LR pixels"}
     )
     tile_overlap: int | None = field(
         default=None,
         metadata={"words": {"auto": None}, "minimum": 0, "help": "LR pixels; auto: the default of the pipeline"},
+    )
+    tile_window: str = field(
+        default="auto", metadata={"choices": ("auto", *TILE_WINDOWS), "help": "auto: the default of the pipeline"}
     )
     tile_batch_size: int = field(default=1, metadata={"minimum": 1, "help": "tiles at once"})
     pool: str = field(
@@ -71,14 +69,14 @@ def parse_setting(name: str, text: str):
     rules = FIELDS[name].metadata
     if "choices" in rules:
         if text not in rules["choices"]:
-            raise argparse.ArgumentTypeError(f"{name}={text!r} has to be one of {', '.join(rules['choices'])}")
+            raise argparse.ArgumentTypeError(f"{name} must be one of {', '.join(rules['choices'])}, got {text!r}")
         return text
     words = rules.get("words", {})
     if text in words:
         return words[text]
     if not text.isdecimal() or int(text) < rules["minimum"]:
-        accepted = " or ".join([f"an integer from {rules['minimum']}", *words])
-        raise argparse.ArgumentTypeError(f"{name}={text!r} has to be {accepted}")
+        accepted = " or ".join([f"an integer of at least {rules['minimum']}", *words])
+        raise argparse.ArgumentTypeError(f"{name} must be {accepted}, got {text!r}")
     return int(text)
 
 
@@ -87,23 +85,22 @@ def parse_variant(text: str) -> tuple[str, dict]:
     name, colon, changes = text.partition(":")
     pairs = [pair.partition("=") for pair in changes.split(",")]
     if not name or not colon or not all(key and equals and value for key, equals, value in pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} has to be NAME:key=value,key=value")
+        raise argparse.ArgumentTypeError(f"must be NAME:key=value,key=value, got {text!r}")
     values = {}
     for key, _, value in pairs:
         key = key.replace("-", "_")
         if key not in FIELDS or key in values:
-            raise argparse.ArgumentTypeError(f"{text!r} has to name each of {', '.join(FIELDS)} at most once")
+            raise argparse.ArgumentTypeError(f"must name each of {', '.join(FIELDS)} at most once, got {text!r}")
         values[key] = parse_setting(key, value)
     return name, values
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings with a name, or the published procedure."""
+    """Settings with a name."""
 
     name: str
     settings: Settings
-    published: bool = False
 
 
 def make_variants(options: dict[str, list], combinations: list[tuple[str, dict]], published: bool) -> list[Variant]:
@@ -113,7 +110,7 @@ def make_variants(options: dict[str, list], combinations: list[tuple[str, dict]]
     Args:
         options (`dict[str, list]`): Values by field of [`Settings`].
         combinations (`list[tuple[str, dict]]`): Names and changed settings of further variants.
-        published (`bool`): Whether the published procedure goes first, with the first number type and tile size.
+        published (`bool`): Whether the published procedure goes first, with the base's number type and tile size.
 
     Raises:
         ValueError: If a name occurs twice.
@@ -124,8 +121,9 @@ def make_variants(options: dict[str, list], combinations: list[tuple[str, dict]]
         variants += [Variant(f"{name}={value}", replace(base, **{name: value})) for value in values[1:]]
     variants += [Variant(name, replace(base, **changes)) for name, changes in combinations]
     if published:
-        reference = Settings(dtype=base.dtype, layout="nchw", text="call", tile_size=base.tile_size, pool="no")
-        variants.insert(0, Variant("published", reference, published=True))
+        published_settings = {"layout": "nchw", "tile_window": "gaussian", "pool": "no"}
+        reference = Settings(dtype=base.dtype, tile_size=base.tile_size, **published_settings)
+        variants.insert(0, Variant("published", reference))
     names = [variant.name for variant in variants]
     for name in names:
         if names.count(name) > 1:
@@ -134,41 +132,10 @@ def make_variants(options: dict[str, list], combinations: list[tuple[str, dict]]
 
 
 def fix_tile_size(variant: Variant, tile_size: int) -> Variant:
-    """The variant with `tile_size` in place of an automatic one, which fits tiles to the image unless compiled."""
+    """The variant with `tile_size` instead of "auto", which fits tiles to the image unless they are compiled."""
     if variant.settings.tile_size != "auto":
         return variant
     return replace(variant, settings=replace(variant.settings, tile_size=tile_size))
-
-
-@torch.no_grad()
-def enlarge_as_published(
-    pipe: InvSRPipeline, images: list[Image.Image], generators: list[torch.Generator], num_steps: int, tile_size
-) -> list[Image.Image]:
-    """The published procedure: tiles that overlap by a half, one by one, the text encoded for each of them."""
-    tile_size = pipe.config.tile_size if tile_size == "auto" else tile_size
-    pipe.scheduler.set_timesteps(num_steps)
-    start, *_ = timesteps = pipe.scheduler.timesteps.tolist()
-    text = pipe.config.prompt if pipe.takes_text and pipe.text_encoder is not None else None
-    results = []
-    for image, generator in zip(images, generators):
-        inputs = pipe.image_processor.preprocess(image)
-        grid = pipe.cut_into_tiles(inputs, None, None, tile_size, tile_size // 2 if tile_size else None)
-        blender = pipe.prepare_blender(grid, "pil")
-        for corner in grid:
-            prompt_embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, device=pipe.device)
-            lr = grid.cut(*corner)[0].to(pipe.device)
-            enlarged = enlarge(lr, pipe.config.scale)
-            noise = pipe.prepare_noise(1, *lr.shape[-2:], 2, generator, pipe.device)
-            latents = pipe.prepare_latents(lr, enlarged, torch.tensor([start], device=pipe.device), noise)
-            for timestep in timesteps:
-                model_input = latents.to(pipe.unet.dtype)
-                noise_pred = pipe.unet(model_input, timestep, encoder_hidden_states=prompt_embeds).sample.float()
-                latents = pipe.scheduler.step(noise_pred, timestep, latents).prev_sample
-            blender.add(pipe.decode_image(latents), *corner)
-        if not blender.sum.isfinite().all():
-            raise FloatingPointError(f"the published procedure's result is not finite in {pipe.vae.dtype}")
-        results.append(pipe.image_processor.postprocess(blender.sum[0].clamp_(0, 1), inputs[0], "pil"))
-    return results
 
 
 def parts_of(pipe: InvSRPipeline) -> dict[str, nn.Module]:
@@ -187,12 +154,12 @@ def copy_sharing_weights(
     source: InvSRPipeline | nn.Module, convert: Callable[[torch.Tensor], torch.Tensor], converted: dict
 ) -> InvSRPipeline | nn.Module:
     r"""
-    A copy with modules of its own, which can be hooked and compiled, but weights that copies have in common.
+    A copy whose modules can be hooked and compiled separately, but which shares its weights with other copies.
 
     Args:
         source ([`InvSRPipeline`] or `nn.Module`): What is copied.
-        convert (`Callable`): Gives the copy's weight for one of the source.
-        converted (`dict`): The weights of earlier copies by the sources' ids, which are taken again.
+        convert (`Callable`): Makes the copy's weight from one of the source.
+        converted (`dict`): The weights of earlier copies by the ids of the source's weights, to be reused.
     """
     modules = source.components.values() if isinstance(source, InvSRPipeline) else [source]
     for module in modules:
@@ -205,7 +172,7 @@ def copy_sharing_weights(
 
 
 def make_tiny_vae(pipe: InvSRPipeline) -> AutoencoderTiny:
-    """A random `AutoencoderTiny` of the latent channels and the reduction of the pipeline's VAE."""
+    """A random `AutoencoderTiny` with the latent channels and the reduction of the pipeline's VAE."""
     levels = len(pipe.vae.config.block_out_channels)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -220,7 +187,7 @@ def make_tiny_vae(pipe: InvSRPipeline) -> AutoencoderTiny:
 
 @dataclass
 class Calls:
-    """The calls of a component: arguments of the first one, its batch, the images of all and how many they are."""
+    """The calls of a component: arguments and batch size of the first one, the items of all, and their number."""
 
     args: tuple
     kwargs: dict
@@ -228,10 +195,16 @@ class Calls:
     items: int = 0
     count: int = 0
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The number type of the arguments; `None` if they are integers."""
+        tensors = (item for item in tree_iter((self.args, self.kwargs)) if isinstance(item, torch.Tensor))
+        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+
 
 @contextmanager
 def record_calls(pipe: InvSRPipeline) -> Iterator[dict[str, Calls]]:
-    """Records the calls of all components, by name."""
+    """Records the calls of all components by name."""
     calls, handles = {}, []
     for name, part in parts_of(pipe).items():
 
@@ -249,11 +222,26 @@ def record_calls(pipe: InvSRPipeline) -> Iterator[dict[str, Calls]]:
             handle.remove()
 
 
+@contextmanager
+def as_called(part: nn.Module, calls: Calls) -> Iterator[None]:
+    """Converts a component to the number type of its recorded call: a VAE in float16 may have run in float32."""
+    before = next(part.parameters()).dtype
+    part.to(calls.dtype or before)
+    try:
+        yield
+    finally:
+        part.to(before)
+
+
 @torch.no_grad()
 def count_flops(part: nn.Module, calls: Calls) -> int:
     """Floating-point operations of the recorded call, counted from shapes alone (on the device "meta")."""
-    part = copy_sharing_weights(part, lambda tensor: tensor.to("meta"), {})
-    args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (calls.args, calls.kwargs))
+
+    def to_meta(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to("meta", torch.float32 if tensor.is_floating_point() else None)
+
+    part = copy_sharing_weights(part, to_meta, {})
+    args, kwargs = tree_map_only(torch.Tensor, to_meta, (calls.args, calls.kwargs))
     with FlopCounterMode(display=False) as counter:
         part(*args, **kwargs)
     return counter.get_total_flops()
@@ -266,7 +254,7 @@ class Runner:
     Args:
         variant ([`Variant`]): The variant.
         source ([`InvSRPipeline`]): The model, eager and in float32.
-        weights (`dict`): Weights by number type, which all runners of a number type share.
+        weights (`dict`): The weights that all runners of one number type share, by number type.
         device (`torch.device`): Where it runs.
     """
 
@@ -292,32 +280,27 @@ class Runner:
         return sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
 
     def compile(self):
-        """Compile what the settings say; the first run after it takes the time of the compiler."""
-        # Beyond the limit a module would run eagerly in silence, as a compiled one by its name.
+        """Compile what the settings say. The next run includes the compiler's time."""
+        # Beyond the limit a module would silently run eagerly.
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         if self.settings.compile == "full":
             self.pipe.compile()
         elif self.settings.compile == "graphs":
             self.pipe.compile(mode="reduce-overhead")
-        elif self.settings.compile == "plain":
-            self.pipe.compile(options={"pre_grad_custom_pass": None})
         elif self.settings.compile == "regional":
             self.pipe.unet.compile_repeated_blocks()
 
     def run(self, images: list[Image.Image], num_steps: int) -> list[Image.Image]:
-        """The results; the same noise each time and in all variants."""
+        """The results, with the same noise each time and in all variants."""
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(images))]
         settings, pipe = self.settings, self.pipe
-        if self.variant.published:
-            with pipe.upcast():
-                return enlarge_as_published(pipe, images, generators, num_steps, settings.tile_size)
         options = {
             "num_steps": num_steps,
             "tile_size": settings.tile_size,
             "tile_overlap": settings.tile_overlap,
+            "tile_window": None if settings.tile_window == "auto" else settings.tile_window,
             "tile_batch_size": settings.tile_batch_size,
-            "prompt": pipe.config.prompt if settings.text == "call" else None,
         }
         if settings.pool == "yes":
             return pipe(images, generator=generators, **options).images
-        return [pipe(image, generator=seed, **options).images[0] for image, seed in zip(images, generators)]
+        return [pipe(image, generator=each, **options).images[0] for image, each in zip(images, generators)]

@@ -3,23 +3,20 @@
     python examples/benchmarks/measure_memory.py --sizes 256 1024
     python examples/benchmarks/measure_memory.py --sizes 128 --model random --width 1 --repeats 3
 
-Every measurement runs in a process of its own; those with `keep_freed_memory()` and those without it take turns.
-Before the image goes one tile to warm up, and one that counts for memory but not for time. Memory is the peak beyond
-what was held before. The output takes, a pixel, 12 bytes in float32 (the sum of the blended tiles), 3 bytes as an
-array of 8 bits and 4 bytes as a PIL image. Figures are medians; ratios are those of times, with the range of turns.
-Needs matplotlib.
+Each measurement runs in a process of its own; those with `keep_freed_memory()` and those without it take turns. Two
+runs on one tile come first: one to warm up, and one that counts for memory but not for time. Memory is the peak beyond
+what was held before. The output takes 12 bytes per pixel in float32 (the sum of the blended tiles), 3 bytes as an
+8-bit array and 4 bytes as a PIL image. Figures are medians; ratios are those of times, with the range of turns.
 """
 
 import argparse
-import math
 import subprocess
 import sys
 import time
 from statistics import median
 
 import torch
-from benchmark import check_width, load_model, positive
-from benchmark_report import speed_up
+from benchmark_common import add_model_arguments, load_model, positive, speed_up
 from peak_memory import PeakMemory, return_free_memory
 from PIL import Image
 
@@ -31,16 +28,16 @@ BYTES_PER_OUTPUT_PIXEL = 12 + 3 + 4
 
 
 def measure(arguments: argparse.Namespace) -> tuple[float, float, float]:
-    """Seconds of the enlargement of one image, the MB by which memory grew at most, and those of the output."""
+    """Seconds for one image, the growth of memory at its peak in MB, and the MB of the output."""
     if arguments.freed == "kept" and not keep_freed_memory():
-        raise SystemExit("The C library of this system cannot keep freed memory: measure it on one with glibc.")
-    pipe = load_model(arguments.model, arguments.width, torch.device("cpu")).to(dtype=getattr(torch, arguments.dtype))
+        raise SystemExit("Freed memory can be kept with glibc only, the C library of most Linux systems.")
+    pipe = load_model(arguments, torch.device("cpu")).to(dtype=getattr(torch, arguments.dtype))
     pipe.set_progress_bar_config(disable=True)
     (size,) = arguments.sizes
     image = Image.effect_noise((size, size), 64).convert("RGB")
     options = {"tile_size": arguments.tile_size or "auto", "generator": torch.Generator().manual_seed(0)}
-    grid = pipe.cut_into_tiles(pipe.image_processor.preprocess(image), None, None, options["tile_size"], None)
-    tile = Image.new("RGB", (grid.columns.tile_length, grid.rows.tile_length))
+    side = arguments.tile_size or pipe.config.tile_size
+    tile = Image.new("RGB", (side, side))
     pipe(tile, **options)
     return_free_memory()
     with PeakMemory() as memory:
@@ -48,21 +45,19 @@ def measure(arguments: argparse.Namespace) -> tuple[float, float, float]:
         start = time.perf_counter()
         pipe(image, **options)
         seconds = time.perf_counter() - start
-    return seconds, memory.growth, math.prod(grid.target_size) * BYTES_PER_OUTPUT_PIXEL / 2**20
+    return seconds, memory.growth, (pipe.config.scale * size) ** 2 * BYTES_PER_OUTPUT_PIXEL / 2**20
 
 
 def main(args: list[str] | None = None):
     args = sys.argv[1:] if args is None else args
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=positive, nargs="+", default=[256, 1024], help="sides of square LR images")
-    parser.add_argument("--model", default="tiny", help="tiny, random (SD-Turbo's shapes), or a pipeline's folder")
-    parser.add_argument("--width", type=float, help="channels of the random model: 1 (default), 0.5 ... 0.0625")
+    add_model_arguments(parser, default="tiny")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="number type")
     parser.add_argument("--tile-size", type=positive, help="LR pixels (default: automatic)")
     parser.add_argument("--repeats", type=positive, default=3, help="turns (default: %(default)s)")
     parser.add_argument("--freed", choices=("returned", "kept"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(args)
-    check_width(parser, arguments)
     if arguments.freed:
         print(*measure(arguments))
         return
@@ -75,7 +70,7 @@ def main(args: list[str] | None = None):
             for freed, turns in results.items():
                 options = ["--sizes", str(size), "--freed", freed]
                 process = subprocess.run([*command, *options], stdout=subprocess.PIPE, text=True)
-                if process.returncode:  # it has said why
+                if process.returncode:  # the reason is on stderr
                     raise SystemExit(process.returncode)
                 turns.append([float(number) for number in process.stdout.split()])
         reference, *_ = zip(*results["returned"])

@@ -2,9 +2,9 @@
 
     python examples/benchmarks/measure_startup.py --repeats 5
 
-All of it in fresh interpreters, in turns, after one turn that does not count (files not yet in the system's cache).
-"First tile" is the whole command for an image of one tile with the embedded model: from its start until the result is
-written and it has ended.
+Everything runs in fresh interpreters, in turns, after one turn that is not measured (files are not in the system's
+cache yet). "First tile" is the whole command for an image of one tile with the embedded model, from its start to its
+end.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmark_common import positive
 from PIL import Image
 
 
@@ -30,7 +31,7 @@ BEYOND = "diffusers_invsr beyond diffusers, within one interpreter"
 SIDE = 32
 
 
-def run(command: list[str]) -> tuple[float, str]:
+def time_command(command: list[str]) -> tuple[float, str]:
     """Seconds of a program, and what it printed."""
     start = time.perf_counter()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -40,10 +41,8 @@ def run(command: list[str]) -> tuple[float, str]:
 
 def main(args: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="turns that count (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=5, help="turns that are measured (default: %(default)s)")
     arguments = parser.parse_args(args)
-    if arguments.repeats < 1:
-        parser.error(f"--repeats has to be 1 or more, but is {arguments.repeats}")
 
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder, "lr.png")
@@ -59,7 +58,7 @@ def main(args: list[str] | None = None):
         times = {name: [] for name in commands}
         for turn in range(arguments.repeats + 1):
             for name, command in commands.items():
-                elapsed, output = run([sys.executable, "-c", *command])
+                elapsed, output = time_command([sys.executable, "-c", *command])
                 if turn > 0:
                     times[name].append(float(output) if name == BEYOND else elapsed)
 

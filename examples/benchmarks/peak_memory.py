@@ -1,4 +1,4 @@
-"""The most memory that some code takes: allocated by PyTorch on CUDA, resident on a CPU as Linux counts it."""
+"""Peak memory of a block of code: allocated by PyTorch on CUDA, resident on a CPU as Linux counts it."""
 
 import ctypes
 from pathlib import Path
@@ -16,7 +16,7 @@ def status(key: str) -> float:
 
 
 def return_free_memory():
-    """Give memory that was freed back to the system, as far as the C library can: else it is counted as held."""
+    """Give freed memory back to the system, as far as the C library can. Otherwise it counts as held."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -24,8 +24,8 @@ def return_free_memory():
 
 class PeakMemory:
     r"""
-    Measures a `with` block: afterwards `growth` is the most that was held in it beyond what was held before, in MB
-    (2**20 bytes). `None` for what the system does not tell.
+    Measures a `with` block: afterwards `growth` is the peak beyond what was held before, in MB (2**20 bytes), or
+    `None` where the system has no such figure.
 
     Args:
         device (`torch.device`, defaults to `"cpu"`): The device whose memory counts.

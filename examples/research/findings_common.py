@@ -1,4 +1,4 @@
-"""What the evaluation scripts share: photographs, LR images, scores kept in a file, paired differences.
+"""What the scripts of this folder share: photographs, LR images, scores kept in a file, paired differences.
 
 Needs `pip install ".[examples,training]"`.
 """
@@ -16,59 +16,67 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy.stats import t
-from simple_degradation import degrade
 
 from diffusers_invsr import InvSRPipeline
+from diffusers_invsr.degradation import Degradation, DegradationSettings, EvaluationDegradationSettings
+from diffusers_invsr.degradation.simple import simple_degradation
 from diffusers_invsr.files import module_fingerprint, write_atomically
 from diffusers_invsr.metrics import gradient_ratio, psnr, psnr_y, ssim_y
-from diffusers_invsr.training import (
-    Degradation,
-    DegradationSettings,
-    EvaluationDegradationSettings,
-)
 from diffusers_invsr.training.validation import to_image, to_tensor
 
 
-CONFIDENCE = 0.95  # of the t-interval in which a difference has to keep its sign
-# Metric: its heading, digits of a mean, digits of a difference
+CONFIDENCE = 0.95  # of the interval that must exclude 0 for a difference to be clear
+# Metric: function, heading, digits of a mean, digits of a difference
 METRICS = {
-    "psnr_rgb": ("PSNR RGB", 2, 3),
-    "psnr_y": ("PSNR Y", 2, 3),
-    "ssim_y": ("SSIM Y", 4, 4),
-    "gradient_ratio": ("gradient ratio", 3, 3),
+    "psnr_rgb": (psnr, "PSNR RGB", 2, 3),
+    "psnr_y": (psnr_y, "PSNR Y", 2, 3),
+    "ssim_y": (ssim_y, "SSIM Y", 4, 4),
+    "gradient_ratio": (gradient_ratio, "gradient ratio", 3, 3),
 }
 
-# Settings of the paper's degradation, ...
 PAPER_DEGRADATIONS = {"test": EvaluationDegradationSettings, "training": DegradationSettings}
-# ... and ranges of `simple_degradation.py`: sigma of blur in HR pixels, of noise in levels of 255, JPEG quality.
+# Arguments of `simple_degradation`
 SIMPLE_DEGRADATIONS = {
     "simple": {},
     "blur": {"blur_sigma": (2.0, 3.0), "noise_sigma": (0.0, 1.0), "jpeg_quality": (95, 95)},
     "noise": {"blur_sigma": (0.2, 0.4), "noise_sigma": (12.0, 20.0), "jpeg_quality": (95, 95)},
 }
+DEGRADATIONS = ("test", "simple")  # of most tables
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("--hr", type=Path, required=True, help="folder of HR photographs")
+    parser.add_argument(
+        "--patterns", nargs="+", default=["*.png"], help="which of its files, such as 'kodim1[789].png' 'kodim2?.png'"
+    )
+    parser.add_argument("--crop", type=int, help="side of a crop from the middle, in pixels (default: whole images)")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the results; a stopped run resumes there"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the degradation and of the sampling")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="torch device (default: %(default)s)")
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """An HR image (8-bit RGB) and its number among those that were asked for, which seeds its degradation."""
+    """An HR image (8-bit RGB). Its number among those that were asked for seeds its degradation."""
 
     number: int
     name: str
     hr: Image.Image
 
 
-def find_photographs(folder: Path, patterns: list[str]) -> list[Path]:
-    """The files of a folder that match any of the patterns, in the order of their names."""
+def read_photographs(arguments: argparse.Namespace) -> list[Photograph]:
+    """The photographs of a folder in the order of their names, or the crops from their middle."""
+    folder, patterns, crop = arguments.hr, arguments.patterns, arguments.crop
+    if crop is not None and crop < 1:
+        raise SystemExit(f"`--crop` must be a positive integer, got {crop}.")
     paths = sorted({path for pattern in patterns for path in folder.glob(pattern)})
     if not paths:
         raise SystemExit(f"The folder {folder} holds no file {' or '.join(patterns)}.")
-    return paths
-
-
-def read_photographs(folder: Path, patterns: list[str], crop: int | None = None) -> list[Photograph]:
-    """Photographs of a folder, or the crops of side `crop` from their middle (as far as a smaller one goes)."""
     photographs = []
-    for number, path in enumerate(find_photographs(folder, patterns)):
+    for number, path in enumerate(paths):
         hr = Image.open(path).convert("RGB")
         if crop is not None:
             width, height = min(crop, hr.width), min(crop, hr.height)
@@ -79,9 +87,9 @@ def read_photographs(folder: Path, patterns: list[str], crop: int | None = None)
 
 
 def crop_to_multiple(hr: Image.Image, multiple: int) -> Image.Image:
-    """The largest part from the top left corner whose sides are multiples."""
+    """The largest part from the top left corner whose sides are multiples of `multiple`."""
     if min(hr.size) < multiple:
-        raise SystemExit(f"An HR image has to be at least {multiple} pixels high and wide, but is {hr.size}.")
+        raise SystemExit(f"An HR image must be at least {multiple} pixels high and wide, got {hr.size}.")
     return hr.crop((0, 0, hr.width - hr.width % multiple, hr.height - hr.height % multiple))
 
 
@@ -90,32 +98,30 @@ def make_lr(degradation: str, hr: Image.Image, seeds: list[int], scale: int = 4)
     The LR version of an image.
 
     Args:
-        degradation (`str`): A name in `PAPER_DEGRADATIONS` or `SIMPLE_DEGRADATIONS`.
-        hr (`PIL.Image.Image`): RGB image with sides that are multiples of the scale.
+        degradation (`str`): A key of `PAPER_DEGRADATIONS` or `SIMPLE_DEGRADATIONS`.
+        hr (`PIL.Image.Image`): RGB image whose sides are multiples of the scale.
         seeds (`list[int]`): The same seeds give the same LR image.
         scale (`int`, defaults to 4): HR size over LR size.
 
     Returns:
-        `PIL.Image.Image`: RGB image of the size of `hr` over the scale.
+        `PIL.Image.Image`: RGB image of the size of `hr` divided by the scale.
     """
     if degradation in SIMPLE_DEGRADATIONS:
         rng = np.random.default_rng(seeds)
-        return Image.fromarray(degrade(np.array(hr), rng, scale, **SIMPLE_DEGRADATIONS[degradation]))
+        return Image.fromarray(simple_degradation(np.array(hr), rng, scale, **SIMPLE_DEGRADATIONS[degradation]))
     seed = int(np.random.SeedSequence(seeds).generate_state(1)[0])
     lr = Degradation(PAPER_DEGRADATIONS[degradation](), scale)(to_tensor(hr), torch.Generator().manual_seed(seed))
     return to_image(lr)
 
 
 def load_pipeline(model: str, device: str) -> InvSRPipeline:
-    """A pipeline that is ready to measure with."""
     pipe = InvSRPipeline.from_pretrained(model).to(device)
     pipe.set_progress_bar_config(disable=True)
-    pipe.vae.decoder.to(memory_format=torch.channels_last)  # faster on a CPU
     return pipe
 
 
 def with_constant_noise(pipe: InvSRPipeline, logvar: float) -> InvSRPipeline:
-    """The same pipeline with a noise map of mean 0 and this log-variance, whatever the image: 0 is random noise."""
+    """The same pipeline with a noise map of mean 0 and this log-variance for any image. With 0 it is random noise."""
     predictor = copy.deepcopy(pipe.noise_predictor)
     conv = predictor.encoder.conv_out
     torch.nn.init.zeros_(conv.weight)
@@ -126,35 +132,30 @@ def with_constant_noise(pipe: InvSRPipeline, logvar: float) -> InvSRPipeline:
     return other
 
 
-@torch.no_grad()
-def reconstruct(pipe: InvSRPipeline, hr: Image.Image) -> Image.Image:
-    """The HR image through the autoencoder alone: no result can be better than what it can represent."""
-    latents = pipe.encode_image(to_tensor(hr).to(pipe.device), torch.zeros(1, device=pipe.device))
-    return to_image(pipe.decode_image(latents))
-
-
 def measure(result: Image.Image, hr: Image.Image) -> dict[str, float]:
-    """The four `METRICS`: of 8 bits, no border cut off."""
-    result, hr = np.array(result), np.array(hr)
-    functions = {"psnr_rgb": psnr, "psnr_y": psnr_y, "ssim_y": ssim_y, "gradient_ratio": gradient_ratio}
-    return {name: function(result, hr) for name, function in functions.items()}
+    """All `METRICS` of the 8-bit images, borders included."""
+    return {name: function(np.array(result), np.array(hr)) for name, (function, *_) in METRICS.items()}
+
+
+def to_cells(means: dict[str, float]) -> list[str]:
+    """Means by metric as cells of a table."""
+    return [f"{mean:.{METRICS[metric][2]}f}" for metric, mean in means.items()]
 
 
 class Scores:
     r"""
-    Scores by key in a JSON-lines file, appended to as they are made, so that a run that was stopped goes on where it
-    was and nothing is computed twice.
+    Scores by key in a JSON-lines file. They are appended as they are made, so a stopped run resumes where it was.
 
     Args:
         file (`Path`): The file. Its first line holds the settings.
-        settings (`dict`): All that the scores hang on besides their keys.
+        settings (`dict`): All that the scores depend on besides their keys.
 
     Raises:
         SystemExit: If the file holds scores of other settings.
     """
 
     def __init__(self, file: Path, settings: dict):
-        self.file, self.values = file, {}
+        self.file = file
         records = list(self._read())
         if records and records[0] != {"settings": settings}:
             before = records[0].get("settings", {})
@@ -176,23 +177,17 @@ class Scores:
     def __contains__(self, key: tuple) -> bool:
         return key in self.values
 
-    def __getitem__(self, key: tuple) -> dict:
+    def __getitem__(self, key: tuple) -> dict[str, float]:
         return self.values[key]
 
-    def add(self, key: tuple, scores: dict):
+    def add(self, key: tuple, scores: dict[str, float]):
         self.values[key] = scores
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"key": key, "scores": scores}) + "\n")
 
 
-def write_json(file: Path, data: dict):
-    """Write results; what is not finite, such as the error of one pair, becomes null, for JSON has nothing else."""
-    data = json.loads(json.dumps(data), parse_constant=lambda constant: None)
-    write_atomically(file, json.dumps(data, indent=2, allow_nan=False) + "\n")
-
-
 def settings_of(pipe: InvSRPipeline, photographs: list[Photograph], seed: int) -> dict:
-    """What scores hang on: the weights, the HR images in their order, the seed."""
+    """What scores depend on: the weights, the HR images in their order, the seed."""
     return {
         "model": [module_fingerprint(model) for model in (pipe.vae, pipe.unet, pipe.noise_predictor)],
         "photographs": [[photo.name, *photo.hr.size, zlib.crc32(photo.hr.tobytes())] for photo in photographs],
@@ -202,7 +197,7 @@ def settings_of(pipe: InvSRPipeline, photographs: list[Photograph], seed: int) -
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference of pairs, its standard error and the number of pairs."""
+    """The mean difference of pairs, its standard error and the number of pairs."""
 
     mean: float
     error: float
@@ -216,41 +211,14 @@ class Difference:
         return cls(float(np.mean(differences)), error, count)
 
     @property
-    def sign(self) -> int | None:
-        """1 or -1 where the confidence interval (Student's t) is all on one side of 0, else 0; `None` of one pair."""
+    def direction(self) -> int | None:
+        """1 or -1 if the confidence interval (Student's t) is all above or below 0, else 0. `None` for one pair."""
         if self.count < 2:
             return None
         margin = t.ppf(0.5 + CONFIDENCE / 2, self.count - 1) * self.error
         return int(self.mean > margin) - int(self.mean < -margin)
 
     def to_text(self, metric: str) -> str:
-        digits = METRICS[metric][2]
+        digits = METRICS[metric][3]
         words = {1: "higher", -1: "lower", 0: "not clear", None: "one pair only"}
-        return f"{self.mean:+.{digits}f} ± {self.error:.{digits}f} ({words[self.sign]})"
-
-
-def positive(text: str) -> int:
-    """An `argparse` type."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"has to be 1 or more, but is {text}")
-    return int(text)
-
-
-def add_common_arguments(parser: argparse.ArgumentParser, model: str | None):
-    parser.add_argument("--hr", type=Path, required=True, help="folder of HR photographs")
-    parser.add_argument(
-        "--model", default=model, required=model is None, help="pipeline folder (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder of the results; a stopped run goes on there"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the degradation and of the sampling")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="torch device (default: %(default)s)")
-
-
-def add_pattern_argument(parser: argparse.ArgumentParser):
-    parser.add_argument(
-        "--patterns", nargs="+", default=["*.png"], help="which of its files, such as 'kodim1[789].png' 'kodim2?.png'"
-    )
-    parser.add_argument("--crop", type=positive, help="side of a crop from the middle, in pixels (default: whole)")
+        return f"{self.mean:+.{digits}f} ± {self.error:.{digits}f} ({words[self.direction]})"

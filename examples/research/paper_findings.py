@@ -2,35 +2,34 @@
 
     python examples/research/paper_findings.py --hr KODAK --patterns 'kodim1[789].png' 'kodim2?.png' --output results
 
-LR images are made from fixed seeds by two degradations: `test`, the setting of the paper's test sets, and `simple`,
-that of `simple_degradation.py`. `--output` gets `scores.jsonl` (every score as it is made: a stopped run goes on
-there), `findings.md`, `findings.json` and pictures. A difference counts as clear if its 95 %
-confidence interval over the photographs (paired, Student's t) does not hold 0; a claim is confirmed if all of its
-differences clearly are as it says. Needs `pip install ".[examples,training]"`.
+LR images are made from fixed seeds by two degradations: `test`, that of the paper's test sets, and `simple`, one blur,
+noise and JPEG. `--output` gets `scores.jsonl` (every score; a stopped run resumes from there), `findings.md` and
+pictures. A difference is clear if its 95 % confidence interval over the photographs (paired, Student's t) excludes 0.
+A claim is confirmed if all of its differences are clear and have the claimed direction.
+Needs `pip install ".[examples,training]"`.
 """
 
 import argparse
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from findings_common import (
+    DEGRADATIONS,
     METRICS,
     Difference,
     Photograph,
     Scores,
-    add_common_arguments,
-    add_pattern_argument,
+    add_arguments,
     crop_to_multiple,
     load_pipeline,
     make_lr,
     measure,
     read_photographs,
-    reconstruct,
     settings_of,
+    to_cells,
     with_constant_noise,
-    write_json,
 )
 from PIL import Image
 
@@ -38,21 +37,21 @@ from diffusers_invsr import TINY, InvSRPipeline
 from diffusers_invsr.files import write_atomically
 from diffusers_invsr.scheduling_invsr import PUBLISHED_SCHEDULES, START_TIMESTEPS
 from diffusers_invsr.tables import markdown_table
+from diffusers_invsr.training.validation import to_image, to_tensor
 
 
-DEGRADATIONS = ("test", "simple")
 SCALES = (2, 3, 4, 6)
 ABLATION = ((250, 200, 150, 100, 50), (250, 150, 50), (150, 100, 50), (250,), (100,))  # of the paper, for finding 2
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "Lanczos": Image.Resampling.LANCZOS}
 CEILING = "autoencoder ceiling"
 PREDICTED, RANDOM, NONE = "predicted noise", "random noise", "no noise"
-CLAIM_METRICS = ("psnr_y", "ssim_y")  # what a claim is judged by, each for itself
+CLAIM_METRICS = ("psnr_y", "ssim_y")  # a claim is judged by each of them separately
 DIFFERENCE_METRICS = ("psnr_y", "ssim_y", "gradient_ratio")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A result for each photograph: how its LR image is made, and how that is enlarged."""
+    """How the LR images of a table's row are made and upscaled."""
 
     degradation: str
     method: str  # an interpolation, the ceiling, or the noise at the start
@@ -71,7 +70,7 @@ class Run:
 
 @dataclass
 class Question:
-    """Differences that belong together: each (a, b) is a − b of two rows, all above 0 if the claim holds."""
+    """Differences a − b of rows, by their labels. All are above 0 if the claim holds."""
 
     text: str
     pairs: list[tuple[str, str]]
@@ -165,7 +164,14 @@ TABLES = {
 # Computing
 
 
-def enlarge(pipes: dict[str, InvSRPipeline], run: Run, lr: Image.Image, hr: Image.Image, seed: int) -> Image.Image:
+@torch.no_grad()
+def reconstruct(pipe: InvSRPipeline, hr: Image.Image) -> Image.Image:
+    """The HR image through the autoencoder alone: no result can be better than what it can represent."""
+    latents = pipe.encode_image(to_tensor(hr).to(pipe.device), torch.zeros(1, device=pipe.device))
+    return to_image(pipe.decode_image(latents))
+
+
+def make_result(pipes: dict[str, InvSRPipeline], run: Run, lr: Image.Image, hr: Image.Image, seed: int) -> Image.Image:
     """The result of a run for one photograph."""
     if run.method == CEILING:
         return reconstruct(pipes[PREDICTED], hr)
@@ -185,7 +191,7 @@ def enlarge(pipes: dict[str, InvSRPipeline], run: Run, lr: Image.Image, hr: Imag
 def compute(
     pipe: InvSRPipeline, photographs: list[Photograph], runs: list[Run], scores: Scores, seed: int, pictures: Path
 ):
-    """Add the scores that are missing, photograph by photograph, and save pictures of some results."""
+    """Add the missing scores, photograph by photograph, and save pictures of some results."""
     pipes = {PREDICTED: pipe, RANDOM: with_constant_noise(pipe, 0.0), NONE: with_constant_noise(pipe, -30.0)}
     for photo in photographs:
         for degradation, scale in dict.fromkeys((run.degradation, run.scale) for run in runs):
@@ -197,7 +203,7 @@ def compute(
             lr = make_lr(degradation, hr, [seed, photo.number], scale)
             lr.save(pictures / f"{photo.name}_{degradation}_x{scale}_lr.png")
             for run in missing:
-                result = enlarge(pipes, run, lr, hr, seed)
+                result = make_result(pipes, run, lr, hr, seed)
                 if run.method == "bicubic" or (run.method == PREDICTED and run.timesteps == PUBLISHED_SCHEDULES[1]):
                     name = run.method.split()[0]
                     result.save(pictures / f"{photo.name}_{degradation}_x{scale}_{name}.png")
@@ -212,72 +218,60 @@ def values(scores: Scores, run: Run, photographs: list[Photograph], metric: str)
     return [scores[run.key(photo)][metric] for photo in photographs]
 
 
-def compare(table: Table, pair: tuple[str, str], scores: Scores, photographs: list[Photograph]) -> dict:
-    """The differences of two rows by metric."""
-    return {
-        metric: Difference.of(*(values(scores, table.rows[label], photographs, metric) for label in pair))
-        for metric in DIFFERENCE_METRICS
-    }
-
-
-def verdict(question: Question, differences: list[dict[str, Difference]], metric: str) -> str:
-    """What the differences say of a claim in one metric, with the figure on which that hangs."""
-    by_mean = sorted(zip((d[metric] for d in differences), question.pairs), key=lambda item: item[0].mean)
-    smallest, (a, b) = by_mean[0]
-    clear, reverse = (sum(difference.sign == sign for difference, _ in by_mean) for sign in (1, -1))
-    if smallest.sign is None:
+def verdict(pairs: list[tuple[str, str]], differences: list[Difference], metric: str) -> str:
+    """Whether the differences of all pairs confirm a claim, and the smallest of them."""
+    number = min(range(len(pairs)), key=lambda i: differences[i].mean)
+    smallest, (a, b) = differences[number], pairs[number]
+    clear, reverse = (sum(d.direction == direction for d in differences) for direction in (1, -1))
+    if smallest.direction is None:
         words = "cannot be tested with one photograph"
-    elif clear == len(by_mean):
+    elif clear == len(pairs):
         words = "confirmed here"
     else:
-        words = f"not confirmed here ({clear} of {len(by_mean)} clearly so, {reverse} clearly the reverse)"
-    which = "" if len(by_mean) == 1 else f", the smallest, of {a} − {b}"
-    return f"{METRICS[metric][0]}: {words}, {smallest.to_text(metric)}{which}"
+        words = f"not confirmed here ({clear} of {len(pairs)} clearly so, {reverse} clearly the reverse)"
+    which = f", the smallest, of {a} − {b}" if len(pairs) > 1 else ""
+    return f"{METRICS[metric][1]}: {words}, {smallest.to_text(metric)}{which}"
 
 
-def report(table: Table, scores: Scores, photographs: list[Photograph]) -> tuple[str, dict]:
-    """A table with its questions as Markdown and as data."""
-    means = {
-        label: {metric: float(np.mean(values(scores, run, photographs, metric))) for metric in METRICS}
-        for label, run in table.rows.items()
-    }
+def report(table: Table, scores: Scores, photographs: list[Photograph]) -> str:
+    """A table and its questions in Markdown."""
     degradations = dict.fromkeys(run.degradation for run in table.rows.values())
-    title = f"{table.title} ({', '.join(degradations)})"
-    headings = [f"mean over {len(photographs)} photographs", *(heading for heading, _, _ in METRICS.values())]
-    rows = [
-        [label, *(f"{mean:.{METRICS[metric][1]}f}" for metric, mean in row.items())] for label, row in means.items()
-    ]
-    parts, questions = [f"## {title}", markdown_table(headings, rows)], []
+    headings = [f"mean over {len(photographs)} photographs", *(heading for _, heading, *_ in METRICS.values())]
+    rows = []
+    for label, run in table.rows.items():
+        means = {metric: float(np.mean(values(scores, run, photographs, metric))) for metric in METRICS}
+        rows.append([label, *to_cells(means)])
+    parts = [f"## {table.title} ({', '.join(degradations)})", markdown_table(headings, rows)]
+    headings = ["difference ± standard error", *(METRICS[metric][1] for metric in DIFFERENCE_METRICS)]
     for question in table.questions:
-        differences = [compare(table, pair, scores, photographs) for pair in question.pairs]
-        headings = ["difference ± standard error", *(METRICS[metric][0] for metric in DIFFERENCE_METRICS)]
+        differences = {
+            metric: [
+                Difference.of(*(values(scores, table.rows[label], photographs, metric) for label in pair))
+                for pair in question.pairs
+            ]
+            for metric in DIFFERENCE_METRICS
+        }
+        lines = [f"**{question.text}**"]
+        if question.is_claim:
+            lines += [f"- {verdict(question.pairs, differences[metric], metric)}" for metric in CLAIM_METRICS]
         rows = [
-            [f"{a} − {b}", *(difference.to_text(metric) for metric, difference in row.items())]
-            for (a, b), row in zip(question.pairs, differences)
+            [f"{a} − {b}", *(differences[metric][i].to_text(metric) for metric in DIFFERENCE_METRICS)]
+            for i, (a, b) in enumerate(question.pairs)
         ]
-        verdicts = [verdict(question, differences, metric) for metric in CLAIM_METRICS] if question.is_claim else []
-        parts += [
-            "\n".join([f"**{question.text}**", *(f"- {line}" for line in verdicts)]),
-            markdown_table(headings, rows),
-        ]
-        pairs = [
-            {"a": a, "b": b, **{metric: asdict(d) | {"sign": d.sign} for metric, d in row.items()}}
-            for (a, b), row in zip(question.pairs, differences)
-        ]
-        questions.append({"text": question.text, "verdicts": verdicts, "pairs": pairs})
-    return "\n\n".join(parts) + "\n", {"title": title, "means": means, "questions": questions}
+        parts += ["\n".join(lines), markdown_table(headings, rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser, model=TINY)
-    add_pattern_argument(parser)
+    add_arguments(parser)
+    parser.add_argument("--model", default=TINY, help="folder of a pipeline (default: the embedded model)")
     parser.add_argument(
         "--tables", nargs="+", choices=TABLES, default=list(TABLES), help="which tables (default: all)"
     )
     arguments = parser.parse_args(argv)
 
-    photographs = read_photographs(arguments.hr, arguments.patterns, arguments.crop)
+    photographs = read_photographs(arguments)
     pipe = load_pipeline(arguments.model, arguments.device)
     scores = Scores(arguments.output / "scores.jsonl", settings_of(pipe, photographs, arguments.seed))
     pictures = arguments.output / "pictures"
@@ -286,12 +280,9 @@ def main(argv: list[str] | None = None):
     runs = list(dict.fromkeys(run for table in tables for run in table.rows.values()))
     compute(pipe, photographs, runs, scores, arguments.seed, pictures)
 
-    reports = [report(table, scores, photographs) for table in tables]
-    text = "\n".join(markdown for markdown, _ in reports)
+    text = "\n".join(report(table, scores, photographs) for table in tables)
     print(text)
     write_atomically(arguments.output / "findings.md", text)
-    data = {"photographs": [photo.name for photo in photographs], "tables": [data for _, data in reports]}
-    write_json(arguments.output / "findings.json", data)
 
 
 if __name__ == "__main__":

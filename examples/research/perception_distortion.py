@@ -4,33 +4,32 @@
         --output curve --models L2=my-l2/pipeline balance=between perceptual=my-perceptual/pipeline
 
 Fidelity is PSNR and SSIM of luma, perception the gradient ratio (mean absolute gradient of the result's luma over that
-of the HR image; below 1 it is smoother). A high ratio alone proves nothing, since noise raises it too: `--grain 2 4 6`
-shows by how much, with Gaussian noise on the last model's results. LR images are made as in `paper_findings.py`, from
-the same seeds. `--output` gets `scores.jsonl` (a stopped run goes on there), `curve.md`, `curve.json`, `curve.png`
-and, for each photograph, the middle of bicubic, each model's result, those with grain and the HR image. Needs `pip
-install ".[examples,training]"` and matplotlib.
+of the HR image; below 1 the result is smoother). A high ratio alone proves nothing, since noise raises it too:
+`--grain 2 4 6` shows by how much, with Gaussian noise on the last model's results. LR images are made as in
+`paper_findings.py`, from the same seeds. `--output` gets `scores.jsonl` (a stopped run resumes from there),
+`curve.md`, `curve.png` and for each photograph a sheet: bicubic, each model, those with grain, HR image.
+Needs `pip install ".[examples,training]"` and matplotlib.
 """
 
 import argparse
-import math
-from pathlib import Path
 
 import numpy as np
 import torch
 from findings_common import (
+    DEGRADATIONS,
     METRICS,
     Difference,
     Scores,
-    add_pattern_argument,
+    add_arguments,
     crop_to_multiple,
     load_pipeline,
     make_lr,
     measure,
     read_photographs,
     settings_of,
-    write_json,
+    to_cells,
 )
-from paper_findings import DEGRADATIONS
+from matplotlib.figure import Figure
 from PIL import Image
 
 from diffusers_invsr.files import write_atomically
@@ -44,18 +43,8 @@ CROP = 192  # side of a sheet's crops, in HR pixels
 def parse_model(text: str) -> tuple[str, str]:
     name, _, folder = text.partition("=")
     if not name or not folder or name == BICUBIC:
-        raise argparse.ArgumentTypeError(f"{text!r} has to be NAME=FOLDER, with another name than {BICUBIC!r}")
+        raise argparse.ArgumentTypeError(f"must be NAME=FOLDER with another name than {BICUBIC!r}, got {text!r}")
     return name, folder
-
-
-def parse_sigma(text: str) -> float:
-    try:
-        sigma = float(text)
-    except ValueError:
-        sigma = math.nan
-    if not 0 < sigma < 256:
-        raise argparse.ArgumentTypeError(f"{text!r} has to be a number above 0 and below 256")
-    return sigma
 
 
 def add_grain(image: Image.Image, sigma: float, seed: list[int]) -> Image.Image:
@@ -64,43 +53,43 @@ def add_grain(image: Image.Image, sigma: float, seed: list[int]) -> Image.Image:
     return Image.fromarray((np.array(image) + noise).round().clip(0, 255).astype(np.uint8))
 
 
-def save_plot(means: dict[tuple[str, str], dict[str, float]], names: list[str], file: Path):
-    from matplotlib.figure import Figure
+def make_sheet(images: list[Image.Image]) -> Image.Image:
+    """The middle of images of one size, side by side."""
+    left, top = ((side - CROP) // 2 for side in images[0].size)
+    sheet = Image.new("RGB", (CROP * len(images), CROP))
+    for column, image in enumerate(images):
+        sheet.paste(image.crop((left, top, left + CROP, top + CROP)), (CROP * column, 0))
+    return sheet
 
+
+def make_plot(means: dict[tuple[str, str], dict[str, float]]) -> Figure:
+    """PSNR over gradient ratio, one diagram for each degradation."""
     figure = Figure(figsize=(5 * len(DEGRADATIONS), 4), layout="constrained")
-    for axis, degradation in zip(figure.subplots(1, len(DEGRADATIONS)), DEGRADATIONS):
-        points = [(means[degradation, name]["gradient_ratio"], means[degradation, name]["psnr_y"]) for name in names]
-        for name, point in zip(names, points):
-            axis.scatter(*point, color="tab:gray" if name == BICUBIC else "tab:blue")
-            axis.annotate(name, point, textcoords="offset points", xytext=(5, 4), fontsize=8)
-        axis.set(title=degradation, xlabel="gradient ratio (perception)", ylabel="PSNR of luma, dB (fidelity)")
-        axis.margins(x=0.2, y=0.1)
-    figure.savefig(file, dpi=150)
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hr", type=Path, required=True, help="folder of HR photographs")
-    parser.add_argument("--models", type=parse_model, nargs="+", required=True, help="NAME=FOLDER of each")
-    grain = "standard deviations of noise on the last model's results, in levels of 255"
-    parser.add_argument("--grain", type=parse_sigma, nargs="+", default=[], help=grain)
-    parser.add_argument("--output", type=Path, required=True, help="folder; a stopped run goes on there")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the degradation and of the sampling")
-    parser.add_argument("--start", type=int, default=200, choices=(250, 200, 150, 100), help="the one step")
-    add_pattern_argument(parser)
-    arguments = parser.parse_args(argv)
-    names = [name for name, _ in arguments.models]
-    if len(set(names)) < len(names):
-        parser.error(f"--models has to give each a name of its own, but has {' '.join(names)}")
-    return arguments
+    for axes, wanted in zip(figure.subplots(1, len(DEGRADATIONS)), DEGRADATIONS):
+        for (degradation, name), mean in means.items():
+            if degradation == wanted:
+                point = (mean["gradient_ratio"], mean["psnr_y"])
+                axes.scatter(*point, color="tab:gray" if name == BICUBIC else "tab:blue")
+                axes.annotate(name, point, textcoords="offset points", xytext=(5, 4), fontsize=8)
+        axes.set(title=wanted, xlabel="gradient ratio (perception)", ylabel="PSNR of luma, dB (fidelity)")
+        axes.margins(x=0.2, y=0.1)
+    return figure
 
 
 def main(argv: list[str] | None = None):
-    arguments = parse_args(argv)
-    photographs = read_photographs(arguments.hr, arguments.patterns, arguments.crop)
-    pipes = {name: load_pipeline(folder, "cpu") for name, folder in arguments.models}
-    models = {name: settings_of(pipe, photographs, arguments.seed) for name, pipe in pipes.items()}
-    settings = {"start": arguments.start, "models": models}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--models", type=parse_model, nargs="+", required=True, help="NAME=FOLDER of each")
+    grain = "standard deviations of noise on the last model's results, in levels of 255"
+    parser.add_argument("--grain", type=float, nargs="+", default=[], help=grain)
+    arguments = parser.parse_args(argv)
+    models, seed = dict(arguments.models), arguments.seed
+    if len(models) < len(arguments.models):
+        parser.error(f"`--models` must have different names, got {' '.join(name for name, _ in arguments.models)}.")
+
+    photographs = read_photographs(arguments)
+    pipes = {name: load_pipeline(folder, arguments.device) for name, folder in models.items()}
+    settings = {name: settings_of(pipe, photographs, seed) for name, pipe in pipes.items()}
     scores = Scores(arguments.output / "scores.jsonl", settings)
     last = list(pipes)[-1]
     grains = {f"{last} + grain {sigma:g}": sigma for sigma in arguments.grain}
@@ -110,44 +99,36 @@ def main(argv: list[str] | None = None):
         for degradation in DEGRADATIONS:
             if all((degradation, photo.name, name) in scores for name in names):
                 continue
-            lr = make_lr(degradation, hr, [arguments.seed, photo.number])
+            lr = make_lr(degradation, hr, [seed, photo.number])
             results = {BICUBIC: lr.resize(hr.size, Image.Resampling.BICUBIC)}
             for name, pipe in pipes.items():
-                generator = torch.Generator().manual_seed(arguments.seed)
-                results[name] = pipe(lr, timesteps=[arguments.start], generator=generator).images[0]
-            seed = [arguments.seed, photo.number, 1]  # not the stream of the degradation
-            results |= {name: add_grain(results[last], sigma, seed) for name, sigma in grains.items()}
-            box = [(side - CROP) // 2 for side in hr.size]
-            box += [start + CROP for start in box]
-            sheet = Image.new("RGB", (CROP * (len(results) + 1), CROP))
-            for column, image in enumerate([*results.values(), hr]):
-                sheet.paste(image.crop(box), (CROP * column, 0))
-            sheet.save(arguments.output / f"{photo.name}_{degradation}.png")
+                results[name] = pipe(lr, generator=torch.Generator().manual_seed(seed)).images[0]
+            for name, sigma in grains.items():  # 1: another stream than that of the degradation
+                results[name] = add_grain(results[last], sigma, [seed, photo.number, 1])
+            make_sheet([*results.values(), hr]).save(arguments.output / f"{photo.name}_{degradation}.png")
             for name, result in results.items():
                 if (degradation, photo.name, name) not in scores:
                     scores.add((degradation, photo.name, name), measure(result, hr))
         print(photo.name, flush=True)
 
-    means, lines = {}, []
+    means, tables = {}, []
     for degradation in DEGRADATIONS:
         rows = []
         for name in names:
-            of_photos = [scores[degradation, photo.name, name] for photo in photographs]
-            mean = {metric: float(np.mean([each[metric] for each in of_photos])) for metric in METRICS}
-            means[degradation, name] = mean
+            values = {
+                metric: [scores[degradation, photo.name, name][metric] for photo in photographs] for metric in METRICS
+            }
+            means[degradation, name] = {metric: float(np.mean(each)) for metric, each in values.items()}
             bicubic = [scores[degradation, photo.name, BICUBIC]["psnr_y"] for photo in photographs]
-            gain = Difference.of([each["psnr_y"] for each in of_photos], bicubic)
-            values = [f"{mean[metric]:.{digits}f}" for metric, (_, digits, _) in METRICS.items()]
-            rows.append([name, *values, "" if name == BICUBIC else gain.to_text("psnr_y")])
+            gain = "" if name == BICUBIC else Difference.of(values["psnr_y"], bicubic).to_text("psnr_y")
+            rows.append([name, *to_cells(means[degradation, name]), gain])
         title = f"{degradation}, mean over {len(photographs)} photographs"
-        headings = [title, *(text for text, *_ in METRICS.values()), "PSNR Y − bicubic"]
-        lines += [markdown_table(headings, rows), ""]
-    table = "\n".join(lines)
-    print(table)
-    write_atomically(arguments.output / "curve.md", table)
-    record = {"settings": settings, "means": [[*key, value] for key, value in means.items()]}
-    write_json(arguments.output / "curve.json", record)
-    save_plot(means, names, arguments.output / "curve.png")
+        headings = [title, *(heading for _, heading, *_ in METRICS.values()), "PSNR Y − bicubic"]
+        tables.append(markdown_table(headings, rows) + "\n")
+    text = "\n".join(tables)
+    print(text)
+    write_atomically(arguments.output / "curve.md", text)
+    make_plot(means).savefig(arguments.output / "curve.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""The paper's tables again: its test sets, its schedules, and the published figures beside those of this run.
+"""The paper's tables: its test sets and schedules, with the published figures beside those of this run.
 
     python examples/research/reproduce_paper.py --sets sets --output reproduced
 
-Sets are looked for in `sets/ImageNet-Test`, `sets/RealSR` and `sets/RealSet80`, each with the folders `lq` and, where
-there are HR images, `gt`; one that is not there is left out. `reproduce_paper.md` says where to get them. Needs
-`pip install ".[metrics]"` and, for the published weights, network. Stopped, it goes on when given again.
+The sets are `sets/ImageNet-Test`, `sets/RealSR` and `sets/RealSet80`, each with the folder `lq` and, where there are
+HR images, `gt`. Sets that are missing are left out. `reproduce_paper.md` says where to get them. The same command
+resumes a stopped run. Needs `pip install ".[metrics]"` and, for the published weights, a network connection.
 """
 
 import argparse
 from pathlib import Path
 
-from tqdm import tqdm
+import torch
 
-from diffusers_invsr.cli.common import choose_device, load_pipeline
+from diffusers_invsr import TINY, InvSRPipeline, auto_dtype, convert
 from diffusers_invsr.evaluation import METRICS, Evaluation, Sampling, evaluate
 from diffusers_invsr.evaluation.evaluate import schedule_name
 from diffusers_invsr.files import write_atomically
@@ -37,7 +37,7 @@ NOT_MEASURED = "not measured here"
 
 
 def comparison(measured: dict[str, Evaluation]) -> str:
-    """Markdown: one row a set, schedule and metric that is published or measured."""
+    """A Markdown table with one row per set, schedule and metric that is published or measured."""
     lines = ["| set | schedule | metric | published | here |", "| --- | --- | --- | --- | --- |"]
     for name, schedules in PUBLISHED.items():
         runs = {run.name: run for run in measured[name].runs} if name in measured else {}
@@ -54,26 +54,30 @@ def comparison(measured: dict[str, Evaluation]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main():
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", type=Path, required=True, help="folder of the test sets")
     parser.add_argument("--output", type=Path, required=True, help="folder for results and tables")
     parser.add_argument("--model", default="sd-turbo", help="tiny, sd-turbo (published weights), a folder or a Hub id")
-    parser.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu) or a device of PyTorch")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="torch device (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"])
-    parser.add_argument("--limit", type=int, help="only the first so many images of each set, to try it out")
-    arguments = parser.parse_args()
+    parser.add_argument("--limit", type=int, help="only the first images of each set, to try it out")
+    arguments = parser.parse_args(argv)
 
     found = [name for name in PUBLISHED if (arguments.sets / name / "lq").is_dir()]
     if not found:
         folders = ", ".join(str(arguments.sets / name / "lq") for name in PUBLISHED)
-        parser.error(f"--sets {arguments.sets} has to hold at least one of {folders}, but has none")
-    measured, refused = {}, {}
-    device, dtype = choose_device(arguments.device, arguments.dtype)
-    pipe = load_pipeline(arguments.model, device, dtype)
-    pipe.set_progress_bar_config(disable=True)
+        parser.error(f"`--sets` must contain at least one of {folders}.")
+    dtype = auto_dtype(arguments.device) if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    if arguments.model == "sd-turbo":
+        pipe = convert(dtype=dtype)
+    else:
+        pipe = InvSRPipeline.from_pretrained(TINY if arguments.model == "tiny" else arguments.model, dtype=dtype)
+    pipe.to(arguments.device).set_progress_bar_config(disable=True)
     tile_size = pipe.config.tile_size
     sampling = Sampling(color_fix="wavelet", tile_overlap=tile_size // 2 if tile_size else None)  # as published
+    measured, complete = {}, True
     for name in found:
         folder = arguments.sets / name
         has_gt = (folder / "gt").is_dir()
@@ -89,19 +93,20 @@ def main():
                 limit=arguments.limit,
                 progress=True,
             )
-        except (FileExistsError, ValueError) as error:
-            refused[name] = error
-            tqdm.write(f"{name}: {error}")
+        except (FileExistsError, ValueError) as error:  # the other sets can still be measured
+            print(f"{name}: {error}")
+            complete = False
             continue
         for (run, image), problem in measured[name].failed.items():
-            tqdm.write(f"{name} {run} {image}: {problem}")
+            print(f"{name} {run} {image}: {problem}")
+            complete = False
         for metric, reason in measured[name].unavailable.items():
-            tqdm.write(f"{name} {METRICS[metric].label}: {reason}")
+            print(f"{name} {METRICS[metric].label}: {reason}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     table = comparison(measured)
     write_atomically(arguments.output / "comparison.md", table)
     print(table)
-    if refused or any(evaluation.failed for evaluation in measured.values()):
+    if not complete:
         raise SystemExit(1)
 
 

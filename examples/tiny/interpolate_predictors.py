@@ -1,45 +1,48 @@
-"""A model between two: `(1 - weight) * first + weight * second`, weight by weight of noise predictor and VAE.
+"""A model between two: `(1 - weight) * first + weight * second`, for the weights of noise predictor and VAE.
 
     python examples/tiny/interpolate_predictors.py my-l2/pipeline my-perceptual/pipeline --weight 0.5 --output between
 
-Of a pipeline and what training made of it (with other losses, or another degradation), this chooses a balance without
-training again (network interpolation, https://arxiv.org/abs/1809.00219). If the second predictor is deeper, by
-`--extra_layers` of `finetune_in_pixels.py`, the first one is deepened before. `--output` gets the first pipeline with
-the new networks; its card tells of the training of both. Needs `pip install ".[training]"`.
+The two models are a pipeline and what further training made of it, with other losses or another degradation. This
+chooses a balance without training again (network interpolation, https://arxiv.org/abs/1809.00219). The second
+predictor may be deeper, as by `--extra_layers` of `finetune_in_pixels.py`. `--output` gets the first pipeline with the
+new networks; its model card describes the training of both. Needs `pip install ".[training]"`.
 """
 
 import argparse
+import copy
 from pathlib import Path
 
 import torch
-from finetune_in_pixels import deepen
 from torch import nn
 
-from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline
+from diffusers_invsr import InvSRPipeline
 from diffusers_invsr.conversion import save_whole
 from diffusers_invsr.hub import card_metadata
 
 
 @torch.no_grad()
-def interpolate(first: nn.Module, second: nn.Module, weight: float):
-    """Moves the weights of `first` towards those of `second`, in place."""
-    others = second.state_dict()
-    if {name: value.shape for name, value in first.state_dict().items()} != {
-        name: value.shape for name, value in others.items()
-    }:
-        raise ValueError(f"The two pipelines' {type(first).__name__} have to have the same keys and shapes.")
-    for name, value in first.state_dict().items():
-        value.lerp_(others[name].to(value), weight)
+def interpolate(first: nn.Module, second: nn.Module, weight: float) -> nn.Module:
+    """
+    The network between two. A residual layer that only `second` has counts as one of `first` that adds zero.
 
-
-def deepen_like(first: InvSRNoisePredictor, second: InvSRNoisePredictor) -> InvSRNoisePredictor:
-    """`first`, or where `second` has more layers in its last level, one with as many, which gives the same."""
-    layers, more = (len(predictor.encoder.down_blocks[-1].resnets) for predictor in (first, second))
-    return deepen(first, more - layers, like=second) if more > layers else first
+    Raises:
+        ValueError: If `second` lacks a weight of `first`, or it has another shape.
+    """
+    network = copy.deepcopy(second)
+    known, weights = first.state_dict(), network.state_dict()
+    if any(name not in weights or weights[name].shape != value.shape for name, value in known.items()):
+        raise ValueError(f"The {type(first).__name__} of both pipelines must have the same weights.")
+    for name, value in weights.items():
+        if name in known:
+            start = known[name].to(value)
+        else:  # what a new layer adds comes from its last convolution or projection
+            start = torch.zeros_like(value) if ".conv2." in name or ".to_out.0." in name else value.clone()
+        value.copy_(torch.lerp(start, value, weight))
+    return network
 
 
 def card_of_both(first: InvSRPipeline, second: InvSRPipeline, weight: float) -> dict[str, str]:
-    """The first pipeline's card, with the licence, data and training of both."""
+    """What the model card says: that of the first pipeline, with the licence, data and training of both."""
     cards = {"first": card_metadata(first), "second": card_metadata(second)}
     card = dict(cards["first"])
     licences = [each.get("license_name") or each.get("license") or "not stated" for each in cards.values()]
@@ -58,28 +61,25 @@ def card_of_both(first: InvSRPipeline, second: InvSRPipeline, weight: float) -> 
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("first", type=Path, help="saved pipeline; the result has all of it but the two networks")
+    parser.add_argument("first", type=Path, help="saved pipeline, which also gives all but the two networks")
     parser.add_argument("second", type=Path, help="saved pipeline")
-    parser.add_argument("--weight", type=float, required=True, help="share of the second, from 0 to 1")
+    parser.add_argument("--weight", type=float, required=True, help="share of the second, between 0 and 1")
     parser.add_argument("--output", type=Path, required=True, help="new folder for the pipeline")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights"
-    )
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     arguments = parser.parse_args(argv)
     if not 0 <= arguments.weight <= 1:
-        parser.error(f"--weight has to be from 0 to 1, but is {arguments.weight}")
+        parser.error(f"`--weight` must be between 0 and 1, got {arguments.weight}.")
     if arguments.output.exists():
-        parser.error(f"--output {arguments.output} exists already: name a new folder")
-    for folder in (arguments.first, arguments.second):
-        if not (folder / "model_index.json").is_file():
-            parser.error(f"{folder} has to be the folder of a saved pipeline, but has no model_index.json")
+        parser.error(f"`--output` must be a new folder, but {arguments.output} exists.")
     pipe, other = (InvSRPipeline.from_pretrained(folder) for folder in (arguments.first, arguments.second))
-    pipe.register_modules(noise_predictor=deepen_like(pipe.noise_predictor, other.noise_predictor))
     try:
-        for name in ("noise_predictor", "vae"):
-            interpolate(getattr(pipe, name), getattr(other, name), arguments.weight)
+        networks = {
+            name: interpolate(getattr(pipe, name), getattr(other, name), arguments.weight)
+            for name in ("noise_predictor", "vae")
+        }
     except ValueError as error:
         parser.error(str(error))
+    pipe.register_modules(**networks)
     card = card_of_both(pipe, other, arguments.weight)
     pipe.register_to_config(model_card=card)
     pipe.noise_predictor.register_to_config(model_card=card)

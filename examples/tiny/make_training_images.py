@@ -1,14 +1,13 @@
 #!/usr/bin/env python
 """
-Make HR images for training a small model by `train_invsr.py`: pieces of photographs, and procedural images.
+Make HR images for training a small model with `train_invsr.py`: pieces of photographs and procedural images.
 
-    python make_training_images.py --photos kodak/ --patterns 'kodim0?.png' 'kodim1[0-6].png' --output images/
+    python examples/tiny/make_training_images.py --photos kodak --patterns 'kodim0?.png' --output images
 
 A photograph, at its own size and at 3/4 and 1/2 of it, is cut into overlapping squares of 256 pixels, each in its four
-orientations (the training itself adds mirroring). All but the first of these get another tone curve, half of them
-other colours: few photographs go further so. A procedural image has 256 pixels too. So a random choice among all files
-gives photographs their share by number. `<output>/photographs` and `<output>/procedural` are what
-`train_invsr.py --train_data` takes.
+orientations (the training itself adds mirroring). All but the first orientation get another tone curve and half of
+them permuted channels, to make more of few photographs. Procedural images have 256 pixels too.
+`<output>/photographs` and `<output>/procedural` are for `train_invsr.py --train_data`.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from zlib import crc32
 
 import numpy as np
 from PIL import Image
-from procedural import make_image
+from procedural import draw_image
 
 
 SIDE = 256  # of every image in pixels
@@ -32,29 +31,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--photos", type=Path, required=True, help="Folder of photographs.")
     parser.add_argument("--patterns", nargs="+", default=["*.png", "*.jpg"], help="Patterns of files in it.")
-    parser.add_argument("--output", type=Path, required=True, help="Folder to write; it may not exist yet.")
+    parser.add_argument("--output", type=Path, required=True, help="New folder for the images.")
     parser.add_argument("--count", type=int, default=1200, help="Number of procedural images.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the procedural images and of the tone curves.")
     parser.add_argument("--processes", type=int, default=2, help="Processes that cut and draw them.")
     args = parser.parse_args(argv)
     if args.output.exists():
-        parser.error(f"`--output {args.output}` exists already: images of two runs may not be mixed.")
+        parser.error(f"`--output` must be a new folder, but {args.output} exists.")
     if args.count < 0 or args.processes < 1:
         parser.error(
-            f"`--count` has to be 0 or more and `--processes` 1 or more, but are {args.count} and {args.processes}."
+            f"`--count` must be at least 0 and `--processes` at least 1, got {args.count} and {args.processes}."
         )
     args.files = sorted({file for pattern in args.patterns for file in args.photos.glob(pattern)})
     if not args.files:
-        parser.error(f"`--photos {args.photos}` has no file {' or '.join(args.patterns)}.")
+        parser.error(f"`--photos` must contain a file {' or '.join(args.patterns)}, but {args.photos} does not.")
     stems = [file.stem for file in args.files]
     twice = next((stem for stem in stems if stems.count(stem) > 1), None)
     if twice is not None:
-        parser.error(f"`--photos {args.photos}` has two files of the name {twice}: their pieces would have one name.")
+        parser.error(f"`--photos` must have files of different names, but {args.photos} has two named {twice}.")
     return args
 
 
 def vary(piece: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Another exponent of the tone curve, and by chance channels in another order, for an RGB image of 8 bits."""
+    """Change the exponent of the tone curve and, in half of the cases, permute the channels of an 8-bit RGB image."""
     channels = rng.permutation(3) if rng.random() < 0.5 else [0, 1, 2]
     return (255 * (piece[..., channels] / 255.0) ** np.exp(rng.uniform(-0.4, 0.4))).round().astype(np.uint8)
 
@@ -80,9 +79,9 @@ def cut_photograph(job: tuple[Path, Path, int]) -> int:
 
 
 def draw_procedural(job: tuple[int, int, Path]):
-    """Save one procedural image. It has its own seed, so it depends neither on the others nor on the processes."""
+    """Save one procedural image. It has its own seed, so it does not depend on the others or on the processes."""
     seed, number, folder = job
-    Image.fromarray(make_image(np.random.default_rng((seed, number)))).save(folder / f"{number:05d}.png")
+    Image.fromarray(draw_image(np.random.default_rng((seed, number)))).save(folder / f"{number:05d}.png")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             pieces = dict(zip(args.files, pool.imap(cut_photograph, photographs)))
             small = [file.name for file in args.files if not pieces[file]]
             if small:
-                raise SystemExit(f"`--photos` have to be at least {SIDE} pixels high and wide, but {small[0]} is not.")
+                raise SystemExit(f"`--photos` must be at least {SIDE} pixels high and wide, but {small[0]} is not.")
             for _ in pool.imap_unordered(draw_procedural, procedural, chunksize=8):
                 pass
         root.rename(args.output)

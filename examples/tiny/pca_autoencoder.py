@@ -1,7 +1,7 @@
 """An autoencoder whose encoder is not learned: a principal component analysis of 4x4 patches.
 
-A learned encoder would spend most of a small budget on getting the colours right. This one is exact from the start,
-and because it is linear, errors of latents can be measured in the metric of pixels without decoding.
+A learned encoder would spend most of a small budget on getting the colours right. Because this one is linear, errors
+of latents can also be measured in the metric of pixels without decoding.
 """
 
 import numpy as np

@@ -1,8 +1,7 @@
 """Procedural training images: occlusion, texture, shading and strokes with the contrast of photographs.
 
-Half of the training data of the tiny model is made here, so that it does not depend on any collection of pictures. The
-base is the dead-leaves model (opaque shapes of power-law sizes that hide one another), which shares edges, occlusion
-and scale invariance with natural images.
+Half of the training data of the embedded model is made here. The base is the dead-leaves model (opaque shapes of
+power-law sizes that hide one another), which shares edges, occlusion and scale invariance with natural images.
 """
 
 import numpy as np
@@ -105,9 +104,9 @@ def draw_strokes(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return canvas * (1 - alpha) + random_color(rng) * alpha
 
 
-def make_image(rng: np.random.Generator, size: int = 256) -> np.ndarray:
+def draw_image(rng: np.random.Generator, size: int = 256) -> np.ndarray:
     """
-    Make one procedural image.
+    Draw one procedural image.
 
     Args:
         rng (`np.random.Generator`): Source of every random choice.

@@ -1,25 +1,24 @@
 #!/usr/bin/env python
 """
-Train a miniature InvSR model from nothing on a CPU: autoencoder, diffusion prior and noise predictor.
+Train a miniature InvSR model from scratch on a CPU: autoencoder, diffusion prior and noise predictor.
 
-    python train_tiny.py --kodak kodak/ --work work/ --output tiny-model/
+    python examples/tiny/train_tiny.py --kodak kodak/ --work work/ --output tiny-model/
 
 The stages run in the order of `STAGES`, each within its budget of minutes, and resume from their last checkpoint in
 `--work`. `autoencoder` and `prior` do not need each other and may run side by side (`--stage autoencoder`, ...).
-Seeds are fixed, but a budget in minutes ends each run at an iteration of its own.
+Seeds are fixed, but with a budget in minutes the number of iterations depends on the machine.
 
 What differs from the published model, and why:
 
 - The autoencoder reduces by 4, not 8, so that latents have the resolution of the LR image and the predictor needs no
-  downsampling. Its encoder is not learned but a PCA of 4x4 patches: exact from the first second, where a learned
-  encoder would take most of the budget to get the colours right.
+  downsampling. Its encoder is not learned but a PCA of 4x4 patches, see `pca_autoencoder.py`.
 - The prior is unconditional and learns only the noise levels that sampling visits (steps 1 to 260 of 1000;
   `--prior-steps` for more).
-- The predictor is trained with L2, then L1 of pixels besides. Without perceptual and adversarial losses the results
-  are faithful but smooth.
+- The predictor is trained with L2 of latents, and later also with L1 of pixels. Without perceptual and adversarial
+  losses the results are faithful but smooth.
 
 Half of the training samples are crops of photographs 1 to 16 of the Kodak set, half are procedural (`procedural.py`).
-Kodak 17 to 24 are never read: they are left for measurement. Two of the sixteen are held back for validation.
+Kodak 17 to 24 are left for measurements. Two of the sixteen are held back for validation.
 Needs `pip install ".[training]"`.
 """
 
@@ -37,10 +36,10 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from pca_autoencoder import LATENT_CHANNELS, build_vae, set_pca_encoder
 from PIL import Image
-from procedural import make_image
-from simple_degradation import SCALE, degrade
+from procedural import draw_image
 
 from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler
+from diffusers_invsr.degradation.simple import SCALE, simple_degradation
 from diffusers_invsr.files import save_atomically
 from diffusers_invsr.resampling import enlarge
 from diffusers_invsr.scheduling_invsr import START_TIMESTEPS
@@ -51,10 +50,10 @@ STAGES = ("pool", "autoencoder", "prior", "predictor", "assemble")
 VALIDATION_PHOTOGRAPHS = (8, 15)  # of Kodak 1 to 16
 LR_SIZES = (32, 48)  # patch sides in LR (and latent) pixels; the larger ones keep GroupNorm's statistics honest
 LARGE_PATCH_PROBABILITY = 0.2
-MODEL_CARD = {  # what every card of these weights has to say
+MODEL_CARD = {
     "license": "cc0-1.0",
     "training_data": (
-        "Trained from nothing: half of the samples are crops of photographs 1 to 16 of the Kodak set, half are"
+        "Trained from scratch: half of the samples are crops of photographs 1 to 16 of the Kodak set, half are"
         " procedural images. Degradation: Gaussian blur, x4 downsampling, Gaussian noise, JPEG. Too small a model for"
         " more than demonstrations and tests."
     ),
@@ -62,7 +61,7 @@ MODEL_CARD = {  # what every card of these weights has to say
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a miniature InvSR model from nothing.")
+    parser = argparse.ArgumentParser(description="Train a miniature InvSR model from scratch.")
     parser.add_argument("--kodak", type=Path, required=True, help="Folder with kodim01.png to kodim16.png.")
     parser.add_argument("--work", type=Path, required=True, help="Folder for the image pool, checkpoints and logs.")
     parser.add_argument("--output", type=Path, required=True, help="Folder the finished pipeline is written to.")
@@ -72,24 +71,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes-prior", type=float, default=14, help="Training time of the diffusion prior.")
     parser.add_argument("--minutes-predictor", type=float, default=70, help="Training time of the noise predictor.")
     parser.add_argument("--prior-steps", type=int, default=260, help="The prior learns steps 1 to this one of 1000.")
-    parser.add_argument("--batch-size", type=int, default=16, help="Samples an iteration (of the small patch size).")
+    parser.add_argument("--batch-size", type=int, default=16, help="Samples per iteration (of the small patch size).")
     parser.add_argument("--lr-autoencoder", type=float, default=2e-3, help="Peak learning rate of the decoder.")
     parser.add_argument("--lr-prior", type=float, default=8e-4, help="Peak learning rate of the prior.")
     parser.add_argument("--lr-predictor", type=float, default=8e-4, help="Peak learning rate of the predictor.")
-    parser.add_argument("--pixel-loss-from", type=float, default=0.55, help="Share of its time when it joins.")
+    parser.add_argument(
+        "--pixel-loss-from", type=float, default=0.55, help="Share of the time after which the L1 of pixels is added."
+    )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="bf16 autocast or plain fp32.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Torch device.")
     parser.add_argument("--workers", type=int, default=2, help="Threads that share a batch (1 on a GPU).")
-    parser.add_argument("--chunk-size", type=int, default=4, help="Samples that one of them takes at a time.")
+    parser.add_argument("--chunk-size", type=int, default=4, help="Samples that a worker takes at a time.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of every random choice.")
     args = parser.parse_args(argv)
     if not args.kodak.is_dir():
-        parser.error(f"the folder {args.kodak} (--kodak) does not exist.")
+        parser.error(f"`--kodak` must be a folder, but {args.kodak} does not exist.")
     if not START_TIMESTEPS[0] <= args.prior_steps <= 1000:
-        parser.error(f"--prior-steps has to be from {START_TIMESTEPS[0]} to 1000, but is {args.prior_steps}.")
+        parser.error(f"`--prior-steps` must be between {START_TIMESTEPS[0]} and 1000, got {args.prior_steps}.")
     missing = [n for n in range(1, 17) if not (args.kodak / f"kodim{n:02d}.png").is_file()]
     if missing:
-        parser.error(f"the folder {args.kodak} lacks kodim{missing[0]:02d}.png; it needs kodim01.png to kodim16.png.")
+        parser.error(f"`--kodak` must have kodim01.png to kodim16.png, but kodim{missing[0]:02d}.png is missing.")
     return args
 
 
@@ -104,7 +105,7 @@ def load(args: argparse.Namespace, stage: str) -> dict:
 
 
 def log(args: argparse.Namespace, **record) -> None:
-    """Append one record to log-<stage>.jsonl (one file a stage: two stages may run side by side)."""
+    """Append one record to log-<stage>.jsonl (one file per stage, as two stages may run side by side)."""
     record = {key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()}
     print(json.dumps(record), flush=True)
     with open(args.work / f"log-{record['stage']}.jsonl", "a") as file:
@@ -123,7 +124,7 @@ class Crops:
         self.validation = [photographs.pop(n) for n in VALIDATION_PHOTOGRAPHS] + list(procedural[-4:])
         self.natural, self.procedural = list(photographs.values()), procedural[:-4]
         self.device = args.device
-        # A resumed stage goes on to other samples.
+        # A resumed stage continues with other samples.
         finished = load(args, stage)["iteration"] if (args.work / f"{stage}.pt").is_file() else 0
         torch.manual_seed(args.seed + finished)
         self.rng = np.random.default_rng((args.seed, STAGES.index(stage), finished))
@@ -142,7 +143,9 @@ class Crops:
     def pairs(self, batch_size: int, lr_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """LR and HR crops in [0, 1]."""
         hr = [self.crop(SCALE * lr_size, i % 2 == 0) for i in range(batch_size)]
-        return to_tensor([degrade(image, self.rng) for image in hr], self.device), to_tensor(hr, self.device)
+        return to_tensor([simple_degradation(image, self.rng) for image in hr], self.device), to_tensor(
+            hr, self.device
+        )
 
     def draw_size(self, batch_size: int) -> tuple[int, int]:
         """Batch size and LR patch side of one iteration, with the number of pixels about constant."""
@@ -219,10 +222,10 @@ def train(args, stage, model, minutes, learning_rate, draw, loss_function, valid
     this is much faster than threads inside each operator, which all wait for the slowest at every layer.
 
     Args:
-        draw (`Callable[[], tuple]`): Draws a batch: tensors with the batch as their first dimension.
-        loss_function (`Callable`): From the share of the time used and (part of) a batch to the losses by name, of
-            which "loss" is descended.
-        validate (`Callable[[], dict]`): Measures the model, which holds the averaged weights meanwhile.
+        draw (`Callable[[], tuple]`): Draws a batch: tensors whose first dimension is the batch.
+        loss_function (`Callable`):
+            Takes the share of the time used and (part of) a batch. Returns losses by name; "loss" is minimised.
+        validate (`Callable[[], dict]`): Measures the model while it has the averaged weights.
     """
     model.to(args.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -280,11 +283,11 @@ def train(args, stage, model, minutes, learning_rate, draw, loss_function, valid
 
 
 def make_pool(args: argparse.Namespace) -> None:
-    """Draw the procedural images and set the encoder. Each image has its own seed: the pool never depends on order."""
+    """Draw the procedural images, each from its own seed, and set the encoder."""
     if (args.work / "pool.pt").is_file():
         return
     start = time.monotonic()
-    images = np.stack([make_image(np.random.default_rng((args.seed, i))) for i in range(args.pool_size)])
+    images = np.stack([draw_image(np.random.default_rng((args.seed, i))) for i in range(args.pool_size)])
     torch.manual_seed(args.seed)
     photographs = [np.asarray(Image.open(args.kodak / f"kodim{n:02d}.png")) for n in range(1, 17)]
     vae = build_vae()
@@ -363,7 +366,10 @@ def train_predictor(args: argparse.Namespace) -> None:
         predictor.encoder.conv_out.weight.mul_(0.1)
     rng = np.random.default_rng(args.seed)
     images = [image[y : y + 256, :256] for image in crops.validation for y in (0, image.shape[0] - 256)]
-    held_back, held_back_lr = to_tensor(images, args.device), to_tensor([degrade(x, rng) for x in images], args.device)
+    held_back, held_back_lr = (
+        to_tensor(images, args.device),
+        to_tensor([simple_degradation(x, rng) for x in images], args.device),
+    )
 
     def one_step(lr: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """Scaled latents ẑ₀ of the one-step estimate that starts at `steps` (counted from 1)."""
@@ -419,14 +425,14 @@ def assemble(args: argparse.Namespace) -> None:
         model_card=MODEL_CARD,
     )
     pipeline.save_pretrained(args.output)
-    # AutoencoderTiny saves an entry that it warns of when it is loaded; it derives it anew.
+    # AutoencoderTiny saves an entry that it derives itself, and about which it warns when it is loaded.
     config = args.output / "vae" / "config.json"
     entries = json.loads(config.read_text())
     del entries["block_out_channels"]
     config.write_text(json.dumps(entries, indent=2) + "\n")
     size = sum(file.stat().st_size for file in args.output.rglob("*.safetensors"))
     log(args, stage="assemble", megabytes=size / 1e6)
-    # What a model card has to tell of the training: the last record of each stage.
+    # For the model card: the last record of each stage.
     logs = [args.work / f"log-{stage}.jsonl" for stage in STAGES]
     records = [json.loads(path.read_text().splitlines()[-1]) for path in logs if path.is_file()]
     (args.work / "training.json").write_text(json.dumps(records, indent=2) + "\n")

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import EXAMPLES, FIXTURES
+from random_sd_turbo import build_pipeline
 from safetensors.torch import load_file
 
 from diffusers_invsr import TINY, InvSRNoisePredictor, InvSRPipeline
-from diffusers_invsr.sd_turbo import build_pipeline
 
 
 pytest.importorskip("kornia")

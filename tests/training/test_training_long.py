@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from helpers import EXAMPLES
+from random_sd_turbo import UNET, VAE, make_tokenizer
 from runs import assert_same_end, kill_after, run, start
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_invsr import InvSRNoisePredictor
-from diffusers_invsr.sd_turbo import UNET, VAE, make_tokenizer
 from diffusers_invsr.training import InvSRDiscriminator, LatentLPIPS
 from diffusers_invsr.training.logs import read_log
 

@@ -1,8 +1,4 @@
-"""A light random degradation of HR images: blur, downsampling (by 4), Gaussian noise, JPEG.
-
-Stands alone (NumPy, SciPy, Pillow), so that an evaluation can make the very images that a model was trained for. All
-ranges are the constants below. It is lighter and simpler than the second-order pipeline of the published training.
-"""
+"""A degradation simpler than the paper's: blur, downsampling, Gaussian noise and JPEG, once each."""
 
 import io
 
@@ -12,9 +8,9 @@ from scipy.ndimage import convolve1d, gaussian_filter
 
 
 SCALE = 4
-BLUR_SIGMA = (0.2, 3.0)  # HR pixels, log-uniform, drawn for each axis of an anisotropic kernel
+BLUR_SIGMA = (0.2, 3.0)  # HR pixels, log-uniform; one for each axis of an anisotropic kernel
 ANISOTROPIC_PROBABILITY = 0.5
-NOISE_SIGMA = (1.0, 20.0)  # grey levels of 255, uniform
+NOISE_SIGMA = (1.0, 20.0)  # levels of 255, uniform
 JPEG_QUALITY = (40, 95)  # inclusive
 KERNEL_RADIUS = 9  # three times the largest sigma
 
@@ -43,7 +39,7 @@ def blur(image: np.ndarray, rng: np.random.Generator, sigma: tuple[float, float]
     return result
 
 
-def degrade(
+def simple_degradation(
     hr: np.ndarray,
     rng: np.random.Generator,
     scale: int = SCALE,
@@ -51,26 +47,28 @@ def degrade(
     noise_sigma: tuple[float, float] = NOISE_SIGMA,
     jpeg_quality: tuple[int, int] = JPEG_QUALITY,
 ) -> np.ndarray:
-    """
-    Make the low-resolution version of an image.
+    r"""
+    Make the LR version of an image. The embedded model was trained on such images at first.
 
     Args:
-        hr (`np.ndarray`): RGB image of shape (height, width, 3), uint8, its sides multiples of `scale`.
-        rng (`np.random.Generator`): Source of every random choice: the same state gives the same result.
+        hr (`np.ndarray`): HR image of shape `(height, width, 3)`, uint8 RGB. Both sides are multiples of `scale`.
+        rng (`np.random.Generator`): Source of all randomness.
         scale (`int`, defaults to 4): HR size over LR size.
-        blur_sigma (`tuple[float, float]`), noise_sigma (`tuple[float, float]`), jpeg_quality (`tuple[int, int]`):
-            Other ranges than those of the training, in the units of the constants above; blur up to sigma 3.
+        blur_sigma (`tuple[float, float]`, defaults to `(0.2, 3.0)`):
+            Range of the blur's standard deviation in HR pixels, at most 3.
+        noise_sigma (`tuple[float, float]`, defaults to `(1.0, 20.0)`):
+            Range of the noise's standard deviation in levels of 255.
+        jpeg_quality (`tuple[int, int]`, defaults to `(40, 95)`): Range of the JPEG quality, both ends included.
 
     Returns:
-        `np.ndarray`: RGB image of shape (height // scale, width // scale, 3), uint8, after JPEG compression.
+        `np.ndarray`: LR image of shape `(height // scale, width // scale, 3)`, uint8 RGB.
 
     Raises:
-        ValueError: If the image is not an 8-bit RGB image, or a side is not a multiple of `scale`.
+        ValueError: If `hr` is not a uint8 RGB array or a side is not a multiple of `scale`.
     """
     if hr.dtype != np.uint8 or hr.ndim != 3 or hr.shape[2] != 3 or hr.shape[0] % scale or hr.shape[1] % scale:
         raise ValueError(
-            f"`hr` has to be a uint8 RGB array with sides that are multiples of {scale}, but it is {hr.dtype} of"
-            f" shape {hr.shape}."
+            f"`hr` must be a uint8 RGB array whose sides are multiples of {scale}, got {hr.dtype} of shape {hr.shape}."
         )
     height, width = hr.shape[0] // scale, hr.shape[1] // scale
     image = blur(hr.astype(np.float32), rng, blur_sigma)

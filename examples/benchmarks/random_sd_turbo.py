@@ -1,4 +1,4 @@
-"""SD-Turbo's shapes with random weights, where its cost is wanted and not its pictures: benchmarks and tests."""
+"""Models with SD-Turbo's shapes and random weights, for benchmarks and tests."""
 
 from math import gcd
 from typing import Any
@@ -7,10 +7,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .noise_predictor import InvSRNoisePredictor
-from .pipeline_invsr import InvSRPipeline
-from .prompt_embeds import InvSRPromptEmbeds
-from .scheduling_invsr import InvSRScheduler
+from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRPromptEmbeds, InvSRScheduler
 
 
 UNET = {
@@ -51,25 +48,31 @@ WIDTHS = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """A tokenizer of letters, of which the last one of a word is another token. It pads to 77 tokens, as CLIP's."""
+    """A tokenizer of single letters, with separate tokens for the last letter of a word. It pads to 77 tokens."""
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
 
 
+def make_text_encoder(tokenizer: CLIPTokenizer, **config) -> CLIPTextModel:
+    """A random text encoder that knows the special tokens of a tokenizer."""
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return CLIPTextModel(CLIPTextConfig(**config, **special))
+
+
 def _num_heads(channels: int) -> int:
-    """Heads of 64 channels, or of the next larger number of channels that divides `channels`."""
+    """The number of heads: of 64 channels each, or the next larger number that divides `channels`."""
     return next(heads for heads in range(max(channels // HEAD_DIM, 1), 0, -1) if channels % heads == 0)
 
 
 def scaled_configs(width: float = 1.0) -> dict[str, dict[str, Any]]:
     r"""
-    The configurations of SD-Turbo and the noise predictor with `width` times the channels, by component.
+    The configurations of SD-Turbo and the noise predictor by component, with `width` times the channels.
 
-    Depth, resolutions and the 77 tokens stay. Heads have 64 channels where that divides a level's channels, else the
-    next larger number that does (80 at 1/2 for the UNet's first level), or all of a level that has fewer. GroupNorms
-    have 32 groups, or the largest number that divides all levels' channels.
+    Depth, resolutions and the 77 tokens are unchanged. An attention head has 64 channels where that divides a level's
+    channels, else the next larger number that does. GroupNorms have 32 groups, or the largest number that divides the
+    channels of all levels.
 
     Args:
         width (`float`, defaults to 1.0): 1, 1/2, 1/4, 1/8 or 1/16.
@@ -78,7 +81,7 @@ def scaled_configs(width: float = 1.0) -> dict[str, dict[str, Any]]:
         ValueError: If `width` is another number.
     """
     if width not in WIDTHS:
-        raise ValueError(f"`width` has to be one of {', '.join(f'{w:g}' for w in WIDTHS)}, but is {width!r}.")
+        raise ValueError(f"`width` must be one of {', '.join(f'{w:g}' for w in WIDTHS)}, got {width!r}.")
     unet, vae, predictor = (
         tuple(int(channels * width) for channels in config["block_out_channels"])
         for config in (UNET, VAE, NOISE_PREDICTOR)
@@ -116,11 +119,10 @@ def build_pipeline(width: float = 1.0, seed: int = 0, text: bool = True) -> InvS
     device.
 
     Args:
-        width (`float`, defaults to 1.0): Factor of the channel counts; see [`scaled_configs`].
-        seed (`int`, defaults to 0): The same seed gives the same weights. The global random state is left as it is.
+        width (`float`, defaults to 1.0): Factor on the channels; see [`scaled_configs`].
+        seed (`int`, defaults to 0): Seed of the weights. The global random state does not change.
         text (`bool`, defaults to `True`):
-            Whether the pipeline has a text encoder, with a tokenizer of letters. Otherwise it holds (random)
-            embeddings of the fixed prompts.
+            Whether the pipeline has a text encoder. Otherwise it holds random embeddings of the fixed prompts.
 
     Returns:
         [`InvSRPipeline`]: The pipeline, in evaluation mode.
@@ -139,8 +141,7 @@ def build_pipeline(width: float = 1.0, seed: int = 0, text: bool = True) -> InvS
         }
         if text:
             tokenizer = make_tokenizer()
-            special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-            components["text_encoder"] = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"], **special))
+            components["text_encoder"] = make_text_encoder(tokenizer, **configs["text_encoder"])
         else:
             tokenizer = None
             components["fixed_prompt"] = InvSRPromptEmbeds(embed_dim=configs["unet"]["cross_attention_dim"])
