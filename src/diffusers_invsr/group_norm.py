@@ -58,9 +58,9 @@ def group_norm(
 
 class ExactGroupNorm(TorchFunctionMode):
     """
-    Inside of it, GroupNorm of channels_last tensors on a CPU is [`group_norm`]. PyTorch's own kernel takes the variance
-    as E[x²] − E[x]² in float32, which loses it where the mean is large: with a mean of 30 deviations, as autoencoders
-    have them, results are off by 0.02.
+    Inside of it, GroupNorm of channels_last tensors on a CPU is [`group_norm`]. PyTorch's own kernel computes the
+    variance as E[x²] − E[x]² in float32, which loses its digits where the mean is large, as in autoencoders: with a
+    mean of 30 standard deviations, results are off by 0.02.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

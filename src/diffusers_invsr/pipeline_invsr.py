@@ -396,8 +396,8 @@ class InvSRPipeline(
             eta (`float`, defaults to 0.0): Noise of the intermediate steps, from 0 (DDIM) to 1.
             tile_size (`int` or `str`, *optional*, defaults to `"auto"`):
                 Side of a tile in LR pixels at the checkpoint's own scale; `None` processes the image whole. `"auto"`
-                is the pipeline's default, or along an axis up to an eighth more where that is less work: not with
-                the published tiling, nor with networks that were compiled as a whole.
+                covers the image with the fewest equal tiles of three quarters to nine eighths of the pipeline's
+                default; with the published tiling, or compiled networks, tiles have the default.
             tile_overlap (`int`, *optional*):
                 LR pixels that neighbouring tiles share; by default an eighth of the tile but at least 8 (or half the
                 tile), and half of it with `tile_window="gaussian"`.

@@ -31,7 +31,7 @@ class TileByTileMixin:
         r"""
         Compile the networks in place. From then on `tile_size="auto"` is the pipeline's own for every image, so that
         all tiles have one shape and no image compiles anything anew, but for a last batch with fewer tiles. Where
-        tiles were larger before, other noise is drawn and the image differs.
+        tiles had another size before, other noise is drawn and the image differs.
 
         Args:
             kwargs: Arguments of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
@@ -130,7 +130,7 @@ class TileByTileMixin:
                 call.tile_overlap,
                 self.size_multiple,
                 call.tile_window,
-                fit=auto and not self.is_compiled,
+                even=auto and not self.is_compiled,
             )
         return grids
 

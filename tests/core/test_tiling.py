@@ -10,9 +10,8 @@ from diffusers_invsr.tiling import (
     TileBlender,
     TileGrid,
     choose_overlap_and_window,
-    fit_tile_size,
+    even_tile_size,
     gaussian_window,
-    larger_tile_size,
     raised_cosine_window,
 )
 
@@ -89,37 +88,44 @@ def test_default_overlap_grows_with_the_tile(tile_size, overlap):
 
 
 @pytest.mark.parametrize(
-    "length, side",
+    "length, multiple, side, count",
     [
-        (20, 128),  # the tile is padded anyway
-        (128, 128),
-        (129, 144),  # one tile for two
-        (144, 144),
-        (145, 128),
-        (241, 144),  # two for three
-        (384, 144),
-        (512, 144),
-        (656, 144),  # five for six
-        (784, 128),  # six of 144 are fewer pixels than seven of 128, but no less work
-        (1024, 128),
+        (20, 4, 96, 1),  # padded to three quarters
+        (96, 4, 96, 1),
+        (101, 4, 104, 1),
+        (128, 16, 128, 1),
+        (144, 4, 144, 1),
+        (145, 4, 96, 2),
+        (200, 4, 108, 2),
+        (200, 16, 112, 2),
+        (512, 4, 140, 4),
+        (512, 16, 144, 4),
+        (1024, 4, 144, 8),
     ],
 )
-def test_tiles_are_an_eighth_larger_where_that_is_less_work(length, side):
-    assert fit_tile_size(length, 128, 16, 16) == side
+def test_even_tiles_are_the_fewest_that_cover_the_axis(length, multiple, side, count):
+    assert even_tile_size(length, 128, 16, multiple) == side
+    assert len(TileAxis(length, side, 16, multiple).starts) == count
 
 
-@pytest.mark.parametrize("multiple, side", [(1, 72), (4, 72), (8, 72), (16, 64)])
-def test_larger_tiles_can_be_divided_by_the_networks(multiple, side):
-    assert fit_tile_size(70, 64, 8, multiple) == larger_tile_size(64, multiple) == side
+def test_even_tiles_stay_near_the_models_size_and_cover_every_axis():
+    for length in range(2, 700):
+        for tile_size, overlap, multiple in ((128, 16, 4), (128, 0, 16), (64, 8, 16), (128, 64, 4), (16, 8, 4)):
+            side = even_tile_size(length, tile_size, overlap, multiple)
+            axis = TileAxis(length, side, overlap, multiple)
+            covered = [pixel for start in axis.starts for pixel in (start, start + side)]
+            assert side % multiple == 0 and 3 * tile_size <= 4 * side and 8 * side <= 9 * tile_size
+            assert covered[0] == 0 and covered[-1] == axis.padded_length >= length
+            assert all(start + overlap <= end for start, end in zip(covered[2::2], covered[1:-1:2]))
 
 
-@pytest.mark.parametrize("overlap, window", [(None, "gaussian"), (64, None), (80, None)])
-def test_tiles_of_the_published_tiling_are_not_fitted(overlap, window):
+@pytest.mark.parametrize("overlap, window", [(None, "gaussian"), (64, None), (80, None), (80, "raised_cosine")])
+def test_tiles_of_the_published_tiling_keep_their_size(overlap, window):
     image = torch.rand(1, 3, 144, 512)
-    grid = TileGrid(image, (576, 2048), 4, 128, overlap, 4, window, fit=True)
+    grid = TileGrid(image, (576, 2048), 4, 128, overlap, 4, window, even=True)
     assert (grid.rows.tile_length, grid.columns.tile_length) == (128, 128)
-    grid = TileGrid(image, (576, 2048), 4, 128, 16, 4, fit=True)
-    assert (grid.rows.tile_length, grid.columns.tile_length) == (144, 144)
+    grid = TileGrid(image, (576, 2048), 4, 128, 16, 4, even=True)
+    assert (grid.rows.tile_length, grid.columns.tile_length) == (144, 140)
 
 
 @pytest.mark.parametrize("window", (None, *TILE_WINDOWS))
@@ -129,15 +135,15 @@ def test_without_tiles_overlap_and_window_have_no_effect(overlap, window):
     assert list(grid) == [(0, 0)] and torch.equal(grid.rows.weights(4)[0], torch.ones(128))
 
 
-@pytest.mark.parametrize("window, fit", [("gaussian", False), ("raised_cosine", False), ("raised_cosine", True)])
+@pytest.mark.parametrize("window, even", [("gaussian", False), ("raised_cosine", False), ("raised_cosine", True)])
 @pytest.mark.parametrize("size", [(20, 27), (32, 32), (37, 53), (64, 20), (36, 71), (70, 101)])
-def test_blending_the_enlarged_tiles_gives_the_enlarged_image(size, window, fit):
+def test_blending_the_enlarged_tiles_gives_the_enlarged_image(size, window, even):
     """With the enlargement itself as the result, the seams must not show, whatever the overlap."""
     torch.manual_seed(0)
     image = F.interpolate(torch.rand(2, 3, 6, 6), size=size, mode="bilinear")
     expected = F.interpolate(image, scale_factor=4, mode="nearest")
     for overlap in (0, 8, 16, 28):
-        grid = TileGrid(image, (4 * size[0], 4 * size[1]), 4, 32, overlap, 4, window, fit)
+        grid = TileGrid(image, (4 * size[0], 4 * size[1]), 4, 32, overlap, 4, window, even)
         blender = TileBlender(grid, 3, 4)
         for corner in grid:
             lr, _ = grid.cut(*corner, slice(1, 2))

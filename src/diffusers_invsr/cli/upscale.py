@@ -54,7 +54,7 @@ def upscale(
         typer.Option(
             metavar="INTEGER|none|auto",
             help="Side of a tile in input pixels at x4; smaller tiles need less memory. none: the whole image at once."
-            " auto: the model's own size, or up to an eighth larger if that is less work.",
+            " auto: the model's own size, or the nearest that covers the image with equal tiles.",
         ),
     ] = "auto",
     tile_overlap: Annotated[
