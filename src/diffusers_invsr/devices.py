@@ -30,7 +30,7 @@ def dtype_of(network: ModelMixin) -> torch.dtype:
 
 @contextmanager
 def in_float32(*networks: ModelMixin) -> Iterator[None]:
-    """Run networks in float32 until the end of the block; afterwards they have their own number types again."""
+    """Run networks in float32 until the end of the block; afterwards they have their own dtypes again."""
     dtypes = [network.dtype for network in networks]
     try:
         for network in networks:
@@ -43,7 +43,7 @@ def in_float32(*networks: ModelMixin) -> Iterator[None]:
 
 def auto_dtype(device: torch.device | str) -> torch.dtype:
     r"""
-    The number type that is fastest on a device without trouble: bfloat16 where the device computes in it (CUDA from
+    The dtype that is fastest on a device without trouble: bfloat16 where the device computes in it (CUDA from
     Ampere on; CPUs with AVX-512 BF16 or AMX), else float32. Not float16, in which a VAE can overflow.
 
     Args:
@@ -61,7 +61,7 @@ def auto_dtype(device: torch.device | str) -> torch.dtype:
 def keep_freed_memory() -> bool:
     r"""
     Have the C library keep the memory of tensors on the CPU for the next ones, until the process ends. Otherwise it
-    returns large pieces to the system at once, and fetching them anew, page by page, takes time wherever activations
+    returns large pieces to the system at once, and fetching them again, page by page, takes time wherever activations
     are large. What this saves and how much memory it holds is in `examples/benchmarks/README.md`. It has no effect
     in threads other than the main one; processes that are forked keep their memory, too.
 

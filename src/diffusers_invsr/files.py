@@ -38,7 +38,7 @@ def module_fingerprint(module: torch.nn.Module, parts: tuple[str, ...] = ("",), 
         with_config (`bool`, defaults to `True`): Whether its configuration counts, which a new release may add to.
 
     Returns:
-        `str`: 32 hexadecimal digits that follow from its class, its configuration, and the names, number types and
+        `str`: 32 hexadecimal digits that follow from its class, its configuration, and the names, dtypes and
         values of its weights; not from where it was loaded from.
     """
     config = {}

@@ -100,8 +100,8 @@ class FixedPromptsMixin:
     @torch.no_grad()
     def drop_text_encoder(self):
         """
-        Replace text encoder and tokenizer by the embeddings of the fixed prompts, which are then not embedded anew in
-        each call. For SD-Turbo this frees 1.4 GB in float32.
+        Replace text encoder and tokenizer by the embeddings of the fixed prompts, which no call has to embed
+        again. For SD-Turbo this frees 1.4 GB in float32.
 
         Raises:
             ValueError: If there is no text encoder.

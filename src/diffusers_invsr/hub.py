@@ -60,7 +60,7 @@ def bundle(class_name: str) -> str:
         sources.append("".join(lines))
 
     add(MODULES[class_name])
-    # Under this name the classes are recorded when they are saved anew.
+    # Under this name the classes are recorded when they are saved again.
     names = [f'{name}.__module__ = "{__package__}"\n' for name, module in MODULES.items() if module in seen]
     return HEADER + "\n\n".join([*sources, "".join(names)])
 

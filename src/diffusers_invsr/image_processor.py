@@ -104,7 +104,7 @@ class InvSRImageProcessor:
         return self._split_channels(pixels[..., None] if pixels.ndim == 2 else pixels)
 
     def _split_channels(self, pixels: np.ndarray) -> InputImage:
-        """An image `(H, W, C)` of any number type."""
+        """An image `(H, W, C)` of any dtype."""
         height, width, channels = pixels.shape
         self._check_size(height, width)
         pixels = self._normalize(pixels)

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -96,7 +97,6 @@ class InvSRPipeline(
         )
         self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1) if getattr(self, "vae", None) else 8
         self.image_processor = InvSRImageProcessor()
-        self._running_calls = []
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
@@ -271,35 +271,35 @@ class InvSRPipeline(
             `torch.Tensor`: Clean latents, `(batch, channels, h, w)`, float32.
         """
         scheduler, dtype = scheduler or self.scheduler, dtype_of(self.unet)
-        # A tensor, so that a compiled UNet is not compiled anew for each step
+        # A tensor, so that a compiled UNet is not compiled again for each step
         timesteps = to_device(scheduler.timesteps, latents.device)
-        self._guidance_scale = guidance_scale  # which a callback may change
-        for i, t in enumerate(scheduler.timesteps.tolist()):
-            if self.interrupt:
-                break
-            guided = self.do_classifier_free_guidance
-            latents_input = torch.cat([latents] * 2) if guided else latents  # (2 * B, 4, h, w)
-            embeds = torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds
-            embeds = embeds if embeds is None else embeds.to(dtype)
-            output = self.unet(latents_input.to(dtype), timesteps[i], encoder_hidden_states=embeds).sample.float()
-            if guided:
-                unconditional, conditional = output.chunk(2)
-                output = unconditional + self.guidance_scale * (conditional - unconditional)  # (B, 4, h, w)
-            variance_noise = noise[i] if eta > 0 and i < len(timesteps) - 1 else None
-            latents = scheduler.step(output, t, latents, eta, variance_noise=variance_noise).prev_sample
+        with self.running_step(guidance_scale) as call:  # in which a callback may change the guidance, or interrupt
+            for i, t in enumerate(scheduler.timesteps.tolist()):
+                if call.interrupt:
+                    break
+                guided = call.guidance_scale > 1
+                latents_input = torch.cat([latents] * 2) if guided else latents  # (2 * B, 4, h, w)
+                embeds = torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds
+                embeds = embeds if embeds is None else embeds.to(dtype)
+                output = self.unet(latents_input.to(dtype), timesteps[i], encoder_hidden_states=embeds).sample.float()
+                if guided:
+                    unconditional, conditional = output.chunk(2)
+                    output = unconditional + call.guidance_scale * (conditional - unconditional)  # (B, 4, h, w)
+                variance_noise = noise[i] if eta > 0 and i < len(timesteps) - 1 else None
+                latents = scheduler.step(output, t, latents, eta, variance_noise=variance_noise).prev_sample
 
-            if callback_on_step_end is not None:
-                callback_kwargs = {}
-                for k in callback_on_step_end_tensor_inputs or ():
-                    callback_kwargs[k] = locals()[k]
-                callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
-                latents = callback_outputs.pop("latents", latents)
-                prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
-                negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
-                if prompt_embeds is not None:  # SDCFGCutoffCallback returns one for all
-                    prompt_embeds = prompt_embeds.expand(len(latents), -1, -1)
-            if progress_bar is not None:
-                progress_bar.update(len(latents))
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for k in callback_on_step_end_tensor_inputs or ():
+                        callback_kwargs[k] = locals()[k]
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
+                    latents = callback_outputs.pop("latents", latents)
+                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    if prompt_embeds is not None:  # SDCFGCutoffCallback returns one for all
+                        prompt_embeds = prompt_embeds.expand(len(latents), -1, -1)
+                if progress_bar is not None:
+                    progress_bar.update(len(latents))
         return latents
 
     def decode_image(self, latents: torch.Tensor) -> torch.Tensor:
@@ -470,7 +470,6 @@ class InvSRPipeline(
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         device = self._execution_device
-        num_timesteps = len(call.scheduler.timesteps)
 
         # 2. Embed the prompts
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
@@ -480,9 +479,13 @@ class InvSRPipeline(
 
         # 3. Enlarge tile by tile; each finished image gets its type while the device works on the next one
         images = {}
-        running = self.running_call(guidance_scale=guidance_scale, num_timesteps=num_timesteps)
-        with running, self.upcast_vae(), self.exact_group_norm(device):
-            for number, result in self.enlarge_images(inputs, call, device):
+        with (
+            self.running_call(guidance_scale=guidance_scale, num_timesteps=len(call.scheduler.timesteps)),
+            self.upcast_vae(),
+            self.exact_group_norm(device),
+            closing(self.enlarge_images(inputs, call, device)) as finished,
+        ):
+            for number, result in finished:
                 images[number] = self.image_processor.postprocess(result[0], inputs[number], output_type)
                 del result  # or else memory holds it beside the next one
         self.maybe_free_model_hooks()

@@ -19,8 +19,8 @@ def cubic_weights(
     positions: torch.Tensor, length: int, a: float, stretch: float = 1.0, truncate: bool = False
 ) -> list[tuple[slice, torch.Tensor]]:
     r"""
-    Bicubic interpolation along one axis at any positions, so that a part of a large enlargement can be had without
-    the whole of it.
+    Bicubic interpolation along one axis at any positions, so that a part of a large enlargement can be computed
+    without the rest.
 
     Args:
         positions (`torch.Tensor`): Sampling positions `(n,)`, float64, in pixels from the centre of the first one.

@@ -241,7 +241,7 @@ class InvSRScheduler(DDIMScheduler):
             sample (`torch.Tensor`): Noisy latents at `timestep`, of the same shape.
             eta (`float`, defaults to 0.0): 0 is deterministic DDIM, 1 has the variance of DDPM.
             use_clipped_model_output (`bool`, defaults to `False`):
-                Whether to derive the noise anew from the clipped clean sample.
+                Whether to derive the noise again from the clipped clean sample.
             generator (`torch.Generator`, *optional*): Source of the noise if `eta > 0`.
             variance_noise (`torch.Tensor`, *optional*):
                 That noise itself instead of a generator: standard Gaussian, of the same shape.

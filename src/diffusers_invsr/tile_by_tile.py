@@ -30,14 +30,15 @@ class TileByTileMixin:
     def compile(self, **kwargs):
         r"""
         Compile the networks in place. From then on `tile_size="auto"` is the pipeline's own for every image, so that
-        all tiles have one shape and no image compiles anything anew, but for a last batch with fewer tiles. Where
+        all tiles have one shape and no image compiles anything again, but for a last batch with fewer tiles. Where
         tiles had another size before, other noise is drawn and the image differs.
 
         Args:
             kwargs: Arguments of `torch.compile`, such as `mode="reduce-overhead"` for CUDA graphs.
         """
+        options = kwargs.pop("options", None)
         for network in self._networks_to_compile:
-            network.compile(**kwargs)
+            network.compile(**kwargs, options=options and dict(options))  # PyTorch takes entries out of it
 
     @property
     def is_compiled(self) -> bool:
@@ -55,8 +56,8 @@ class TileByTileMixin:
         self, images: list[InputImage], call: CallArguments, device: torch.device
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """
-        Enlarge images tile by tile. Where a single tile does not fit into memory, all begins again with smaller tiles
-        and the same noise.
+        Enlarge images tile by tile. Where a single tile does not fit into memory, all images start again with smaller
+        tiles, those that were yielded included.
 
         Yields:
             `tuple[int, torch.Tensor]`: Number of an image, and its pixels `(1, 3, height, width)` in [0, 1] or its
@@ -109,7 +110,7 @@ class TileByTileMixin:
 
     def cut_into_tiles(self, images: list[InputImage], call: CallArguments) -> dict[range, TileGrid]:
         r"""
-        The tiles of all images, by the numbers of the images: images of one size and number type that follow one
+        The tiles of all images, by the numbers of the images: images of one size and dtype that follow one
         another share a grid.
 
         Raises:
@@ -191,7 +192,12 @@ class TileByTileMixin:
         networks = (self.noise_predictor, self.unet, self.vae)
         half = {dtype_of(network) for network in networks} - {torch.float32}
         # A callback gets, and may replace, one image's embeddings
-        by_image = call.callback_on_step_end is not None and "prompt_embeds" in call.callback_tensors
+        by_image = (
+            call.callback_on_step_end is not None
+            and "prompt_embeds" in call.callback_tensors
+            and call.prompt_embeds is not None
+            and len(call.prompt_embeds) > 1
+        )
         batches = TileBatches(tiles, call.tile_batch_size, by_image)
         overflowed = []
         for tile, result, is_finite in fetch_results(self._enlarge_batches(batches, call, device, progress_bar)):
@@ -200,16 +206,18 @@ class TileByTileMixin:
             elif half:
                 overflowed.append(tile)
             else:
-                raise FloatingPointError("The result of a tile is not finite: the weights may be damaged.")
+                raise FloatingPointError("A tile is not finite: the weights may be damaged.")
 
         if overflowed:
             logger.warning(f"{len(overflowed)} tiles are not finite in {half.pop()}: computing them in float32.")
-        for tile in overflowed:
-            with in_float32(*networks):
-                result = self.enlarge_batch([tile], call, device, progress_bar).cpu()
-            if not result.isfinite().all():
-                raise FloatingPointError("The result of a tile is not finite in float32: the weights may be damaged.")
-            yield tile, result
+        with in_float32(*(networks if overflowed else ())):
+            again = self._enlarge_batches(TileBatches(overflowed, 1), call, device, progress_bar)
+            for tile, result, is_finite in fetch_results(again):
+                if not is_finite:
+                    raise FloatingPointError(
+                        "The result of a tile is not finite in float32: the weights may be damaged."
+                    )
+                yield tile, result
 
     def _enlarge_batches(
         self, batches: TileBatches, call: CallArguments, device: torch.device, progress_bar: tqdm

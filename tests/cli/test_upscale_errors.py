@@ -103,7 +103,8 @@ def test_out_of_memory_is_explained(folder, model):
     Image.new("RGB", (1100, 1100)).save("a.png")
     arguments = ["upscale", "a.png", "-o", "out", "--model", str(model), "--tile-size", "none"]
     command = [sys.executable, "-c", WITHIN_256_MB, *arguments]
-    environment = {**os.environ, "DIFFUSERS_VERBOSITY": "error"}  # without warnings about the configuration
+    # Without warnings about the configuration, and with as much memory for threads on every machine
+    environment = {**os.environ, "DIFFUSERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     # Neither the whole image fits nor, with smaller tiles, their sum
     first, last = process.stdout.splitlines()

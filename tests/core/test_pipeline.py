@@ -297,7 +297,27 @@ def test_an_interruption_from_elsewhere_ends_all_running_calls(pipe):
         return {}
 
     pipe(photo(), num_steps=3, tile_size=16, callback_on_step_end=callback)
-    assert calls == [0] and not pipe.pipeline.interrupt
+    assert calls == [0] and pipe.pipeline.interrupt
+    assert torch.equal(pipe(photo()), pipe(photo())) and not pipe.pipeline.interrupt
+
+
+def test_a_step_called_alone_can_be_interrupted(pipe, prompt_embeds):
+    pipeline, steps = pipe.pipeline, []
+    pipeline.scheduler.set_timesteps(3)
+
+    def callback(pipeline, step, timestep, kwargs):
+        steps.append(step)
+        pipeline._interrupt = True
+        return {}
+
+    for _ in range(2):  # and a step after it starts as if nothing had been
+        pipeline.denoise(torch.zeros(1, 4, 8, 8), prompt_embeds["prompt_embeds"], callback_on_step_end=callback)
+    assert steps == [0, 0] and pipeline.interrupt
+
+
+def test_after_a_call_the_pipeline_says_how_it_ran(pipe):
+    pipe(photo(), num_steps=3, guidance_scale=2.0)
+    assert pipe.pipeline.num_timesteps == 3 and pipe.pipeline.guidance_scale == 2 and not pipe.pipeline.interrupt
 
 
 def test_calls_in_threads_do_not_disturb_one_another(pipe):
@@ -590,6 +610,16 @@ def test_compiled_without_breaks_and_once_for_all_images(pipe, in_place):
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(enlarge_all("auto"), expected, atol=1e-4, rtol=0)
     torch._dynamo.reset()
+
+
+def test_options_of_the_compiler_reach_each_network_whole(pipe):
+    """PyTorch takes some out of the dict that it gets."""
+    options, seen = {"guard_filter_fn": lambda guards: [True] * len(guards)}, []
+    for network in (pipe.pipeline.noise_predictor, pipe.pipeline.unet, pipe.pipeline.vae.encoder):
+        network.compile = lambda options, backend: seen.append(dict(options)) or options.clear()
+    pipe.pipeline.vae.decoder.compile = lambda options, backend: seen.append(dict(options))
+    pipe.pipeline.compile(backend="eager", options=options)
+    assert seen == [options] * 4 and len(options) == 1
 
 
 def test_attention_runs_in_flash_kernels(pipe):

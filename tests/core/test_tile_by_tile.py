@@ -131,6 +131,56 @@ def test_a_vae_that_overflows_in_float16(pipe, warnings, force_upcast, device):
     assert bool(warnings()) != force_upcast  # the VAE's own configuration knows better than to try
 
 
+@pytest.fixture
+def overflowing(pipe):
+    """In float16, and the VAE's decoder overflows there."""
+    pipe.pipeline.vae.register_to_config(force_upcast=False)
+    pipe.pipeline.vae.decoder.conv_in.weight.mul_(3e4)
+    pipe.pipeline.to(dtype=torch.float16)
+    return pipe
+
+
+def test_a_tile_that_does_not_fit_in_float32_becomes_smaller(overflowing, warnings):
+    expected = overflowing(photo(40, 56), tile_size=16, num_steps=1)
+
+    def hook(module, arguments):
+        if arguments[0].dtype == torch.float32 and arguments[0].shape[-1] > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    overflowing.pipeline.unet.register_forward_pre_hook(hook)
+    result = overflowing(photo(40, 56), tile_size=32, num_steps=1)
+    torch.testing.assert_close(result, expected, atol=0.05, rtol=0)
+    assert any("`tile_size=16`" in text for text in warnings())
+    assert {overflowing.pipeline.unet.dtype, overflowing.pipeline.vae.dtype} == {torch.float16}
+
+
+def test_an_interruption_ends_the_pass_in_float32_too(overflowing):
+    calls = []
+
+    def callback(pipeline, step, timestep, kwargs):
+        calls.append(step)
+        pipeline._interrupt = len(calls) == 5  # of four tiles, the first one of the second pass
+        return {}
+
+    result = overflowing(photo(), tile_size=16, tile_overlap=0, callback_on_step_end=callback)
+    assert calls == [0] * 5 and result[..., :64, :64].max() > 0
+    assert result[..., 64:, 64:].abs().max() == 0
+    assert overflowing.pipeline.unet.dtype == torch.float16
+
+
+def test_an_error_elsewhere_leaves_the_components_as_they_were(overflowing, monkeypatch):
+    """Though the error is kept, and with it what was on its way."""
+
+    def postprocess(*arguments):
+        raise RuntimeError("no more of this")
+
+    monkeypatch.setattr(overflowing.pipeline.image_processor, "postprocess", postprocess)
+    with pytest.raises(RuntimeError, match="no more of this") as error:
+        overflowing(photo(), tile_size=16)
+    assert overflowing.pipeline.unet.dtype == overflowing.pipeline.vae.dtype == torch.float16
+    del error
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_damaged_weights_are_an_error_not_a_black_image(pipe, dtype):
     pipe.pipeline.vae.decoder.conv_out.bias.fill_(torch.nan)

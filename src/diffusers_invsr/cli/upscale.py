@@ -106,7 +106,7 @@ def upscale(
     if waiting:
         # 2. The model
         pipe = load_pipeline(model, *choose_device(device, dtype))
-        if pipe.text_encoder is not None:
+        if pipe.takes_text and pipe.text_encoder is not None and pipe.tokenizer is not None:
             pipe.drop_text_encoder()  # or else each image would embed the same prompts
         options = {
             "num_steps": steps,
