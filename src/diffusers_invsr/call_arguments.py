@@ -1,4 +1,4 @@
-"""What one call of the pipeline asks for, checked in one place."""
+"""What one call of the pipeline asks for, and what of it can be checked before any image is looked at."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -12,12 +12,17 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from .checks import check_positive, is_auto, is_integer, is_real
 from .color_fix import COLOR_FIXES
 from .scheduling_invsr import InvSRScheduler
-from .tiling import TILE_WINDOWS
+from .tiling import TILE_WINDOWS, choose_overlap_and_window
 
 
 MIN_SCALE, MAX_SCALE = 1, 8
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+
+def _is_among(value: Any, names: tuple) -> bool:
+    """Whether a value is one of some names; arrays, which compare by element, are not."""
+    return (value is None or isinstance(value, str)) and value in names
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,9 @@ class CallArguments:
             raise ValueError(f"`guidance_scale` must be a finite number, got {self.guidance_scale!r}.")
         if not is_real(self.eta) or not 0 <= self.eta <= 1:
             raise ValueError(f"`eta` must be between 0 and 1, got {self.eta!r}.")
-        if self.output_type not in OUTPUT_TYPES:
+        if not _is_among(self.output_type, OUTPUT_TYPES):
             raise ValueError(f"`output_type` must be one of {OUTPUT_TYPES}, got {self.output_type!r}.")
-        if self.color_fix not in (None, *COLOR_FIXES):
+        if not _is_among(self.color_fix, (None, *COLOR_FIXES)):
             raise ValueError(f"`color_fix` must be None or one of {COLOR_FIXES}, got {self.color_fix!r}.")
         if self.color_fix is not None and self.output_type == "latent":
             raise ValueError(f"`color_fix={self.color_fix!r}` cannot be used with `output_type='latent'`.")
@@ -131,12 +136,12 @@ class CallArguments:
                 raise ValueError(
                     f"`tile_overlap` must be at least 0 and less than `tile_size={size}`, got {self.tile_overlap!r}."
                 )
-            if self.output_type == "latent" and (self.tile_overlap or 0) % latent_step:
+            overlap, _ = choose_overlap_and_window(size, self.tile_overlap, self.tile_window)
+            if self.output_type == "latent" and overlap % latent_step:
                 raise ValueError(
-                    f"`tile_overlap` must be a multiple of {latent_step} with `output_type='latent'`, got"
-                    f" {self.tile_overlap}."
+                    f"`tile_overlap` must be a multiple of {latent_step} with `output_type='latent'`, got {overlap}."
                 )
-        if self.tile_window not in (None, *TILE_WINDOWS):
+        if not _is_among(self.tile_window, (None, *TILE_WINDOWS)):
             raise ValueError(f"`tile_window` must be None or one of {TILE_WINDOWS}, got {self.tile_window!r}.")
 
     def _check_generators(self, num_images: int):
@@ -151,10 +156,10 @@ class CallArguments:
     def _check_callback(self):
         if self.callback_on_step_end is not None and not callable(self.callback_on_step_end):
             raise ValueError(f"`callback_on_step_end` must be callable, got {self.callback_on_step_end!r}.")
-        unknown = set(self.callback_tensors) - set(CALLBACK_TENSORS)
-        if unknown:
+        names = self.callback_tensors
+        if not isinstance(names, (list, tuple)) or not all(name in CALLBACK_TENSORS for name in names):
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {CALLBACK_TENSORS}, got {sorted(unknown)}."
+                f"`callback_on_step_end_tensor_inputs` must be a list of names in {CALLBACK_TENSORS}, got {names!r}."
             )
 
     def check_prompts(self, num_images: int, takes_text: bool, has_text_encoder: bool, width: int):

@@ -10,7 +10,7 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is an integer, of Python or NumPy, and no truth value."""
+    """Whether a value is an integer, of Python or NumPy, and not a boolean."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -21,7 +21,7 @@ def check_positive(name: str, value: Any):
 
 
 def is_real(value: Any) -> bool:
-    """Whether a value is a finite real number, of Python or NumPy, and no truth value."""
+    """Whether a value is a finite real number, of Python or NumPy, and not a boolean."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 

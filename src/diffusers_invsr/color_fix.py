@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 
-COLOR_FIXES = ("wavelet", "ycbcr", "adain")
 WAVELET_LEVELS = 5
 BAND_HEIGHT = 64
 
@@ -59,6 +58,11 @@ def _mean_and_std(bands) -> tuple[torch.Tensor, torch.Tensor]:
     return mean.float(), std.float()
 
 
+# Fixes that look at a few rows, with the number of rows that they need above and below each one
+LOCAL_FIXES = {"wavelet": (wavelet_color_fix, 2**WAVELET_LEVELS - 1), "ycbcr": (ycbcr_color_fix, 0)}
+COLOR_FIXES = (*LOCAL_FIXES, "adain")
+
+
 def apply_color_fix(image: torch.Tensor, style_rows: Callable[[int, int], torch.Tensor], method: str) -> torch.Tensor:
     r"""
     Apply a colour fix in place, band by band, so that it needs little memory beyond the image.
@@ -78,7 +82,7 @@ def apply_color_fix(image: torch.Tensor, style_rows: Callable[[int, int], torch.
         style_mean, style_std = _mean_and_std(style_rows(*band) for band in bands)
         return image.sub_(content_mean).div_(content_std).mul_(style_std).add_(style_mean).clamp_(0, 1)
 
-    fix, halo = (wavelet_color_fix, 2**WAVELET_LEVELS - 1) if method == "wavelet" else (ycbcr_color_fix, 0)
+    fix, halo = LOCAL_FIXES[method]
     above = image[..., :0, :]  # rows above the band as they were before the fix
     for start, stop in bands:
         first, last = max(start - halo, 0), min(stop + halo, height)

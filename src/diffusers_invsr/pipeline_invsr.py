@@ -253,19 +253,20 @@ class InvSRPipeline(
         progress_bar: tqdm | None = None,
     ) -> torch.Tensor:
         r"""
-        Denoise with the frozen diffusion model, along a schedule (section 3.1).
+        Denoise with the frozen diffusion model, along a schedule (section 3.1). Like all steps, it records gradients
+        unless it is called under `torch.no_grad()`.
 
         Args:
-            latents (`torch.Tensor`): The starting state, `(batch, channels, h, w)`.
-            prompt_embeds (`torch.Tensor`, *optional*): Embeddings `(batch, tokens, width)`.
-            negative_prompt_embeds (`torch.Tensor`, *optional*): The same for the negative prompt.
+            latents (`torch.Tensor`): The starting state `(batch, channels, h, w)`, at the schedule's first step.
+            prompt_embeds (`torch.Tensor`, *optional*): Embeddings `(1 or batch, tokens, width)`.
+            negative_prompt_embeds (`torch.Tensor`, *optional*): The same for the negative prompt, for guidance.
             noise (`torch.Tensor`, *optional*): Fresh noise for every step but the last, if `eta > 0`:
                 `(steps - 1, batch, channels, h, w)`.
             guidance_scale (`float`, defaults to 1.0): Classifier-free guidance if greater than 1.
             eta (`float`, defaults to 0.0): Noise of the intermediate steps, from 0 (DDIM) to 1.
-            scheduler ([`InvSRScheduler`], *optional*): One whose schedule is set; by default the pipeline's.
+            scheduler ([`InvSRScheduler`], *optional*): By default the pipeline's. Call its `set_timesteps` first.
             callback_on_step_end, callback_on_step_end_tensor_inputs: As in [`~InvSRPipeline.__call__`].
-            progress_bar (`tqdm`, *optional*): Advances by one per step and image.
+            progress_bar (`tqdm`, *optional*): It advances by one per step and image.
 
         Returns:
             `torch.Tensor`: Clean latents, `(batch, channels, h, w)`, float32.
@@ -273,14 +274,20 @@ class InvSRPipeline(
         scheduler, dtype = scheduler or self.scheduler, dtype_of(self.unet)
         # A tensor, so that a compiled UNet is not compiled again for each step
         timesteps = to_device(scheduler.timesteps, latents.device)
+        if eta > 0 and len(timesteps) > 1 and noise is None:
+            raise ValueError("`noise` is required with an `eta` greater than 0.")
         with self.running_step(guidance_scale) as call:  # in which a callback may change the guidance, or interrupt
             for i, t in enumerate(scheduler.timesteps.tolist()):
                 if call.interrupt:
                     break
                 guided = call.guidance_scale > 1
                 latents_input = torch.cat([latents] * 2) if guided else latents  # (2 * B, 4, h, w)
-                embeds = torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds
-                embeds = embeds if embeds is None else embeds.to(dtype)
+                if guided and negative_prompt_embeds is None:
+                    raise ValueError("`negative_prompt_embeds` is required with a `guidance_scale` greater than 1.")
+                embeds = None
+                if prompt_embeds is not None:
+                    prompts = [negative_prompt_embeds, prompt_embeds] if guided else [prompt_embeds]
+                    embeds = torch.cat([prompt.expand(len(latents), -1, -1) for prompt in prompts]).to(dtype)
                 output = self.unet(latents_input.to(dtype), timesteps[i], encoder_hidden_states=embeds).sample.float()
                 if guided:
                     unconditional, conditional = output.chunk(2)
@@ -296,8 +303,6 @@ class InvSRPipeline(
                     latents = callback_outputs.pop("latents", latents)
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
-                    if prompt_embeds is not None:  # SDCFGCutoffCallback returns one for all
-                        prompt_embeds = prompt_embeds.expand(len(latents), -1, -1)
                 if progress_bar is not None:
                     progress_bar.update(len(latents))
         return latents
@@ -320,8 +325,8 @@ class InvSRPipeline(
         self, tiles: list[Tile], call: CallArguments, device: torch.device, progress_bar: tqdm | None = None
     ) -> torch.Tensor:
         """
-        Enlarge tiles of one shape, as section 3 of the paper does with an image. Returns images
-        `(B, 3, height, width)`, or latents with `output_type="latent"`, on the device.
+        Enlarge a batch of B tiles of one shape, as section 3 of the paper does with an image. Returns images
+        `(B, 3, height, width)` in [0, 1], or latents `(B, channels, h, w)` with `output_type="latent"`, on the device.
         """
         lr, enlarged, noise = collate(tiles, self.config.scale, device)  # (B, 3, h, w), (B, 3, 4h, 4w), (2, B, 4, ...)
         timesteps = to_device(call.scheduler.timesteps, device)
@@ -332,15 +337,15 @@ class InvSRPipeline(
         # 2. Denoise
         latents = self.denoise(
             latents,
-            embeds_of(tiles, call.prompt_embeds),
-            embeds_of(tiles, call.negative_prompt_embeds),
-            noise[2:],
-            call.guidance_scale,
-            call.eta,
-            call.scheduler,
-            call.callback_on_step_end,
-            call.callback_tensors,
-            progress_bar,
+            prompt_embeds=embeds_of(tiles, call.prompt_embeds),
+            negative_prompt_embeds=embeds_of(tiles, call.negative_prompt_embeds),
+            noise=noise[2:],
+            guidance_scale=call.guidance_scale,
+            eta=call.eta,
+            scheduler=call.scheduler,
+            callback_on_step_end=call.callback_on_step_end,
+            callback_on_step_end_tensor_inputs=call.callback_tensors,
+            progress_bar=progress_bar,
         )  # (B, 4, h/2, w/2)
 
         # 3. Decode
@@ -421,7 +426,7 @@ class InvSRPipeline(
                 Called as `callback(pipeline, step_index, timestep, callback_kwargs)` after every step of every batch
                 of tiles; `timestep` is a schedule index (199 for step 200). It may return a dict with changed tensors.
                 If it sets `pipeline._interrupt = True`, the remaining steps and tiles of its call are skipped; tiles
-                that were not reached stay black.
+                that were not reached are black, before `color_fix`.
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 Tensors in `callback_kwargs`: `"latents"`, `"prompt_embeds"`, `"negative_prompt_embeds"`.
 
@@ -479,13 +484,10 @@ class InvSRPipeline(
 
         # 3. Enlarge tile by tile; each finished image gets its type while the device works on the next one
         images = {}
-        with (
-            self.running_call(guidance_scale=guidance_scale, num_timesteps=len(call.scheduler.timesteps)),
-            self.upcast_vae(),
-            self.exact_group_norm(device),
-            closing(self.enlarge_images(inputs, call, device)) as finished,
-        ):
-            for number, result in finished:
+        running = self.running_call(guidance_scale=guidance_scale, num_timesteps=len(call.scheduler.timesteps))
+        finished = closing(self.enlarge_images(inputs, call, device))
+        with running, self.upcast_vae(), self.exact_group_norm(device), finished as results:
+            for number, result in results:
                 images[number] = self.image_processor.postprocess(result[0], inputs[number], output_type)
                 del result  # or else memory holds it beside the next one
         self.maybe_free_model_hooks()

@@ -74,7 +74,7 @@ def starting_schedule(num_steps: int, start_timestep: int) -> list[int]:
         return published
     if num_steps == 1:
         return [start_timestep]
-    grid = [step for step in TIMESTEP_GRID if step <= start_timestep]
+    grid = [start_timestep, *(step for step in TIMESTEP_GRID if step < start_timestep)]
     candidates = grid if num_steps <= len(grid) else list(range(start_timestep, grid[-1] - 1, -1))
     if num_steps > len(candidates):
         raise ValueError(
@@ -129,15 +129,15 @@ class InvSRScheduler(DDIMScheduler):
         trained_betas (`list[float]`, *optional*): The betas themselves, instead of the three above.
         clip_sample (`bool`, defaults to `False`): Whether to clip the predicted clean sample.
         set_alpha_to_one (`bool`, defaults to `True`):
-            Kept for exchange; without effect here, where the last step goes to an alpha product of 1 (SD-Turbo's file
-            has `False`, left from another scheduler).
-        steps_offset (`int`, defaults to 1): Kept for exchange with other schedulers; without effect here.
+            Kept for compatibility; without effect here, where the last step goes to an alpha product of 1 (SD-Turbo's
+            file has `False`, left from another scheduler).
+        steps_offset (`int`, defaults to 1): Kept for compatibility with other schedulers; without effect here.
         prediction_type (`str`, defaults to `"epsilon"`): `"epsilon"`, `"sample"` or `"v_prediction"`.
         thresholding (`bool`, defaults to `False`): Whether to use dynamic thresholding.
         dynamic_thresholding_ratio (`float`, defaults to 0.995): Its ratio.
         clip_sample_range (`float`, defaults to 1.0): Bound of `clip_sample`.
         sample_max_value (`float`, defaults to 1.0): Bound of `thresholding`.
-        timestep_spacing (`str`, defaults to `"trailing"`): Kept for exchange; without effect here.
+        timestep_spacing (`str`, defaults to `"trailing"`): Kept for compatibility; without effect here.
         rescale_betas_zero_snr (`bool`, defaults to `False`): Whether the betas are rescaled to zero terminal SNR.
     """
 
@@ -180,7 +180,7 @@ class InvSRScheduler(DDIMScheduler):
         # `from_config` of another class would put its own defaults in place of ours (a clipped sample, other betas).
         self.register_to_config(_use_default_values=[])
         self.final_alpha_cumprod = torch.tensor(1.0)
-        # Fixed from here on: `add_noise` moves the tensor to a device, which would be waited for to read them off
+        # Fixed from here on. `add_noise` moves the tensor to a device, and reading it there would wait for the device
         self._alphas = self.alphas_cumprod.tolist()
 
     def set_timesteps(

@@ -1,4 +1,15 @@
-"""How a pipeline works through the tiles of its images, within the memory and the number range that there are."""
+"""
+How a pipeline works through the tiles of its images. Each stage hands its results on to the next one:
+
+    draw_tiles        cuts tiles and draws their noise, when they are needed
+    TileBatches       puts tiles of one shape together
+    _enlarge_batches  has them enlarged, in halves where memory is too small
+    fetch_results     brings results to the CPU, one batch late
+    enlarge_tiles     repeats in float32 what overflowed
+    blend             sums them up, and yields finished images
+
+and `enlarge_images` starts all of it again with smaller tiles where a single one does not fit into memory.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -192,12 +203,9 @@ class TileByTileMixin:
         networks = (self.noise_predictor, self.unet, self.vae)
         half = {dtype_of(network) for network in networks} - {torch.float32}
         # A callback gets, and may replace, one image's embeddings
-        by_image = (
-            call.callback_on_step_end is not None
-            and "prompt_embeds" in call.callback_tensors
-            and call.prompt_embeds is not None
-            and len(call.prompt_embeds) > 1
-        )
+        changes = () if call.callback_on_step_end is None else call.callback_tensors
+        embeds = {"prompt_embeds": call.prompt_embeds, "negative_prompt_embeds": call.negative_prompt_embeds}
+        by_image = any(embeds.get(name) is not None and len(embeds[name]) > 1 for name in changes)
         batches = TileBatches(tiles, call.tile_batch_size, by_image)
         overflowed = []
         for tile, result, is_finite in fetch_results(self._enlarge_batches(batches, call, device, progress_bar)):
@@ -209,7 +217,8 @@ class TileByTileMixin:
                 raise FloatingPointError("A tile is not finite: the weights may be damaged.")
 
         if overflowed:
-            logger.warning(f"{len(overflowed)} tiles are not finite in {half.pop()}: computing them in float32.")
+            logger.warning(f"Tiles that are not finite in {half.pop()}: {len(overflowed)}. Computing them in float32.")
+            progress_bar.total += len(overflowed) * len(call.scheduler.timesteps)
         with in_float32(*(networks if overflowed else ())):
             again = self._enlarge_batches(TileBatches(overflowed, 1), call, device, progress_bar)
             for tile, result, is_finite in fetch_results(again):
@@ -226,6 +235,7 @@ class TileByTileMixin:
         for tiles in batches:
             if self.interrupt:
                 return
+            before = progress_bar.n
             try:
                 results = self.enlarge_batch(tiles, call, device, progress_bar)
             except RuntimeError as error:
@@ -239,6 +249,7 @@ class TileByTileMixin:
                 continue
             # Outside of `except`, where the error would keep the tensors of the failed attempt alive
             clear_device_cache(garbage_collection=True)
+            progress_bar.update(before - progress_bar.n)
             batches.put_back(tiles)
             logger.warning(f"{len(tiles)} tiles at once do not fit into memory: trying {batches.batch_size}.")
 

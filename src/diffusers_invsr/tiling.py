@@ -18,7 +18,7 @@ def choose_overlap_and_window(tile_size: int | None, overlap: int | None, window
     with such a window overlap by half; all others are blended by a raised cosine, by default over an eighth of the
     tile but no less than 8 pixels (half of a tile below 16): the smallest tried with tiles of 64 at which
     `examples/benchmarks/measure_seams.py` finds no more of a seam than with the published tiling, on the embedded
-    model. That one has no attention; with models that have, the answer may differ.
+    model. That one has no attention; with models that have attention, the answer may differ.
 
     Args:
         tile_size (`int`, *optional*): LR pixels of a tile; without tiles nothing overlaps.

@@ -1,8 +1,15 @@
+from typing import get_args
+
 import pytest
 import torch
 
 from diffusers_invsr import color_fix
+from diffusers_invsr.cli.common import ColorFix
 from diffusers_invsr.color_fix import COLOR_FIXES, apply_color_fix
+
+
+def test_the_command_line_knows_all():
+    assert get_args(ColorFix) == ("none", *COLOR_FIXES)
 
 
 @pytest.mark.parametrize("method", COLOR_FIXES)

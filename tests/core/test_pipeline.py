@@ -301,6 +301,18 @@ def test_an_interruption_from_elsewhere_ends_all_running_calls(pipe):
     assert torch.equal(pipe(photo()), pipe(photo())) and not pipe.pipeline.interrupt
 
 
+def test_what_a_step_called_alone_needs(pipe, prompt_embeds):
+    pipeline, latents = pipe.pipeline, torch.zeros(2, 4, 8, 8)
+    pipeline.scheduler.set_timesteps(2)
+    with pytest.raises(ValueError, match="`noise` is required with an `eta` greater than 0"):
+        pipeline.denoise(latents, prompt_embeds["prompt_embeds"], eta=0.5)
+    with pytest.raises(ValueError, match="`negative_prompt_embeds` is required with a `guidance_scale` greater"):
+        pipeline.denoise(latents, prompt_embeds["prompt_embeds"], guidance_scale=2.0)
+    one_for_all = pipeline.denoise(latents, *prompt_embeds.values(), guidance_scale=2.0)
+    each = [embeds.expand(2, -1, -1) for embeds in prompt_embeds.values()]
+    assert torch.equal(pipeline.denoise(latents, *each, guidance_scale=2.0), one_for_all)
+
+
 def test_a_step_called_alone_can_be_interrupted(pipe, prompt_embeds):
     pipeline, steps = pipe.pipeline, []
     pipeline.scheduler.set_timesteps(3)
@@ -410,7 +422,13 @@ def test_no_component_is_changed_by_a_call(pipe):
             {"tile_size": 16, "tile_overlap": 3, "output_type": "latent"},
             "`tile_overlap` must be a multiple of 2 with `output_type='latent'`, got 3",
         ),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs"),
+        (
+            {"tile_size": 72, "output_type": "latent"},  # by default tiles overlap by an eighth
+            "`tile_overlap` must be a multiple of 2 with `output_type='latent'`, got 9",
+        ),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "`callback_on_step_end_tensor_inputs` must be a list"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "`callback_on_step_end_tensor_inputs` must be a list"),
+        ({"color_fix": np.array(["adain"])}, "`color_fix` must be None or one of"),
     ],
 )
 def test_wrong_arguments_are_refused(pipe, arguments, message):

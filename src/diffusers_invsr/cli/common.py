@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..pipeline_invsr import InvSRPipeline
 
 
+ColorFix = Literal["none", "wavelet", "ycbcr", "adain"]
 MODEL_METAVAR = "tiny|sd-turbo|PATH|HUB_ID"
 
 

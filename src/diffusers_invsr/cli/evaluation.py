@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ..image_paths import display_path
-from .common import MODEL_METAVAR, choose_device, error_message, fail, load_pipeline, parse_tile_size, report
+from .common import MODEL_METAVAR, ColorFix, choose_device, error_message, fail, load_pipeline, parse_tile_size, report
 
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def evaluate(
     tile_overlap: Annotated[int | None, typer.Option(min=0, help="As for upscale.")] = None,
     tile_batch_size: Annotated[int, typer.Option(min=1, help="As for upscale.")] = 1,
     color_fix: Annotated[
-        Literal["none", "wavelet", "ycbcr", "adain"],
+        ColorFix,
         typer.Option(help="As for upscale; the paper's tables use wavelet."),
     ] = "none",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed, the same for each image.")] = 0,

@@ -8,7 +8,7 @@ import typer
 
 from ..image_files import FORMATS, IMAGE_SUFFIXES, check_side, read_image, save_image
 from ..image_paths import display_path, find_images, plan_outputs
-from .common import MODEL_METAVAR, choose_device, error_message, load_pipeline, parse_tile_size, report
+from .common import MODEL_METAVAR, ColorFix, choose_device, error_message, load_pipeline, parse_tile_size, report
 
 
 if TYPE_CHECKING:
@@ -68,9 +68,7 @@ def upscale(
     tile_batch_size: Annotated[
         int, typer.Option(min=1, help="Tiles per batch, for GPUs; affects only speed and memory.")
     ] = 1,
-    color_fix: Annotated[
-        Literal["none", "wavelet", "ycbcr", "adain"], typer.Option(help="Transfer the colours of the input.")
-    ] = "none",
+    color_fix: Annotated[ColorFix, typer.Option(help="Transfer the colours of the input.")] = "none",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed, the same for each file.")] = 0,
     device: Annotated[str, typer.Option(help="auto (cuda, else mps, else cpu) or a PyTorch device.")] = "auto",
     dtype: Annotated[
