@@ -160,6 +160,7 @@ class RunSettings:
     max_skipped_steps: int = setting("Consecutive iterations with non-finite gradients before the run stops.", 10)
     mixed_precision: str | None = setting("`no`, `bf16` or `fp16`. None: as in `accelerate config`.")
     gradient_checkpointing: bool = setting("Recompute activations in the backward pass to save memory.", False)
+    use_8bit_adam: bool = setting("Keep the optimizers' states in 8 bits; requires bitsandbytes.", False)
     channels_last: bool = setting("Use the channels-last memory format; faster on GPUs.", False)
     compile: bool = setting("Compile the networks.", False)
     log_every: int = setting("Iterations between lines of the log.", 10)
@@ -333,16 +334,14 @@ def build_models(settings: Settings, accelerator: Accelerator, dis_accelerator: 
             network.forward = convert_outputs_to_fp32(autocast(network.forward))
 
     # 3.3 Optimizers and moving average
-    optimizer = torch.optim.AdamW(noise_predictor.parameters(), lr=run.learning_rate, weight_decay=0.0)
+    optimizer = build_optimizer("AdamW", noise_predictor, run, weight_decay=0.0)
     lr_scheduler = get_constant_schedule_with_warmup(optimizer, run.warmup_iterations)
     ema = EMAModel(noise_predictor.parameters(), decay=run.ema_decay)
     ema.to(device)
     noise_predictor, optimizer = accelerator.prepare(noise_predictor, optimizer)
     dis_optimizer = None
     if discriminator is not None:
-        dis_optimizer = torch.optim.Adam(
-            discriminator.parameters(), lr=run.learning_rate, weight_decay=run.discriminator_weight_decay
-        )
+        dis_optimizer = build_optimizer("Adam", discriminator, run, run.discriminator_weight_decay)
         discriminator, dis_optimizer = dis_accelerator.prepare(discriminator, dis_optimizer)
     accelerator.register_for_checkpointing(ema, lr_scheduler)
     return Models(
@@ -371,6 +370,18 @@ def freeze(pipe: InvSRPipeline, dtype: torch.dtype):
     if dtype == torch.float16 and pipe.vae.config.get("force_upcast", False):
         pipe.vae.float()  # it overflows in float16
     pipe.set_progress_bar_config(disable=True)
+
+
+def build_optimizer(name: str, network: nn.Module, run: RunSettings, weight_decay: float) -> torch.optim.Optimizer:
+    """`Adam` or `AdamW`, which differ in how the weights decay, with their state in 8 bits if asked for."""
+    optimizers = torch.optim
+    if run.use_8bit_adam:
+        try:
+            from bitsandbytes import optim as optimizers
+        except ImportError as error:
+            raise TrainingError("`use_8bit_adam` requires bitsandbytes: `pip install bitsandbytes`.") from error
+        name = f"{name}8bit"
+    return getattr(optimizers, name)(network.parameters(), lr=run.learning_rate, weight_decay=weight_decay)
 
 
 def load_discriminator(model: ModelSettings) -> InvSRDiscriminator:

@@ -204,6 +204,8 @@ def train(model_args: ModelSettings, args: TrainingSettings):
                 " choose another folder."
             )
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if "fixed" not in state:
+            raise TrainingError(f"{checkpoint} was written by an earlier release: choose another `output_dir`.")
         check_unchanged(fixed, state["fixed"])
 
     # Data

@@ -1,5 +1,6 @@
 """`examples/training/train_invsr.py` as a user runs it, with small real networks for the embedded model."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -505,6 +507,33 @@ def test_wrong_options_are_refused(settings, capsys, tmp_path):
         sentence = capsys.readouterr().err if error.value.code == 2 else str(error.value)
         assert message in sentence, options
         assert error.value.code == 2 or "\n" not in sentence
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_eight_bits_require_bitsandbytes(settings, tmp_path):
+    with pytest.raises(SystemExit, match="`use_8bit_adam` requires bitsandbytes: `pip install bitsandbytes`"):
+        train(settings, tmp_path, "--use_8bit_adam")
+
+
+def test_eight_bits_are_for_both_optimizers(settings, tmp_path, monkeypatch):
+    made = {"AdamW8bit": [], "Adam8bit": []}
+
+    def stand_in(name: str, kind: type):
+        def make(parameters, **arguments):
+            made[name].append(arguments)
+            return kind(parameters, **arguments)
+
+        return make
+
+    optim = SimpleNamespace(
+        AdamW8bit=stand_in("AdamW8bit", torch.optim.AdamW), Adam8bit=stand_in("Adam8bit", torch.optim.Adam)
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=optim))
+    train(settings, tmp_path, "--use_8bit_adam", "--max_iterations", "1")
+    assert made == {
+        "AdamW8bit": [{"lr": 1e-3, "weight_decay": 0.0}],
+        "Adam8bit": [{"lr": 1e-3, "weight_decay": 1e-3}],
+    }
 
 
 def test_a_wrong_file_of_settings_is_refused(tmp_path, capsys):
