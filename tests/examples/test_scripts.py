@@ -105,6 +105,14 @@ def test_upscale_several(example, model, tiny):
         assert np.array_equal(opened(f"out/{name}"), upscaled(tiny, name))
 
 
+@pytest.mark.parametrize("script", ["upscale_several.py", "compile_pipeline.py"])
+def test_no_result_replaces_another(example, model, script, capsys):
+    with pytest.raises(SystemExit):
+        example(script, "a.png", "others/a.jpg", "--model", model, "--output", "out")
+    assert "the names of the pictures must differ without their extensions" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_compare_steps(example, model, tiny):
     example("compare_steps.py", "a.png", "--model", model, "--output", "out.png")
     sheet = opened("out.png")
@@ -179,6 +187,7 @@ def test_push_to_hub(model, tmp_path):
     with serve() as hub:
         run(push, str(EXAMPLES / "push_to_hub.py"), model, home=tmp_path / "home", hub=hub.url)
         files = hub.files("user/published")
+        assert not {"private", "visibility"} & set(hub.created["user/published"])  # the owner's default
     assert {"model_index.json", "pipeline.py", "unet/diffusion_pytorch_model.safetensors"} <= set(files)
     assert "license: cc0-1.0" in files["README.md"].decode()
     assert json.loads(files["model_index.json"])["tile_size"] == 16
@@ -187,17 +196,18 @@ def test_push_to_hub(model, tmp_path):
 
 
 def test_measure_quality(example, model, tiny, capsys):
+    names = ("a.png", "night/b.png")
     for folder in ("lr", "hr"):
-        Path(folder).mkdir()
-        for name in ("a.png", "b.png"):
-            image = Image.open(name)
+        Path(folder, "night").mkdir(parents=True)
+        for name in names:
+            image = Image.open(Path(name).name)
             (image if folder == "lr" else image.resize((4 * image.width, 4 * image.height))).save(f"{folder}/{name}")
     example("measure_quality.py", "--lr", "lr", "--hr", "hr", "--model", model)
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
-    assert list(lines) == ["a.png", "b.png", "mean"]
+    assert list(lines) == [*names, "mean"]
     scores = []
-    for name in ("a.png", "b.png"):
-        result, hr = upscaled(tiny, name), opened(f"hr/{name}")
+    for name in names:
+        result, hr = upscaled(tiny, f"lr/{name}"), opened(f"hr/{name}")
         scores.append((psnr_y(result, hr), ssim_y(result, hr)))
         assert f"-> {scores[-1][0]:.2f} dB" in lines[name] and f"-> {scores[-1][1]:.4f}" in lines[name]
     assert f"-> {np.mean([psnr for psnr, _ in scores]):.2f} dB" in lines["mean"]
