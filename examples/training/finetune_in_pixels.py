@@ -212,12 +212,14 @@ def freeze(pipe: InvSRPipeline):
 def load_pipeline(settings: Settings, device: torch.device) -> InvSRPipeline:
     """The pipeline to start from, in float32, with all but the trained parts frozen."""
     model = TINY if settings.model == "tiny" else settings.model
-    try:
-        pipe = InvSRPipeline.from_pretrained(model, dtype=torch.float32)
-    except (OSError, HFValidationError) as error:
-        if Path(model).is_dir():
-            raise TrainingError(f"`model={settings.model!r}` could not be loaded as a pipeline: {error}") from error
-        raise FetchError(model, error) from error
+    with training_errors():
+        try:
+            pipe = InvSRPipeline.from_pretrained(model, dtype=torch.float32)
+        except (OSError, HFValidationError) as error:
+            if Path(model).is_dir():
+                message = f"`model={settings.model!r}` could not be loaded as a pipeline: {error}"
+                raise TrainingError(message) from error
+            raise FetchError(model, error) from error
     pipe.set_progress_bar_config(disable=True)
     if pipe.takes_text and pipe.text_encoder is not None:
         pipe.drop_text_encoder()  # the prompt is embedded once
@@ -282,15 +284,15 @@ def finetune(settings: Settings, degradation_settings: list[DegradationSettings]
 
     # 2. Models and data
     validation, skip_report = None, SkipReport()
-    with training_errors():  # of files, folders and Hub ids that the settings name
+    with training_errors():
         dataset = make_dataset(settings.train_data, settings.crop_size, settings.seed)
-        pipe = load_pipeline(settings, device)
-        degradations = [Degradation(each, pipe.config.scale).to(device) for each in degradation_settings]
-        for degradation in degradations:
-            check_crop_size(settings.crop_size, degradation)
-        if settings.validation_data is not None and accelerator.is_main_process:
-            files = list_files(settings.validation_data)
-            validation = ValidationSet(files, settings.validation_size, pipe.config.scale, settings.seed)
+    pipe = load_pipeline(settings, device)
+    degradations = [Degradation(each, pipe.config.scale).to(device) for each in degradation_settings]
+    for degradation in degradations:
+        check_crop_size(settings.crop_size, degradation)
+    if settings.validation_data is not None and accelerator.is_main_process:
+        files = list_files(settings.validation_data)
+        validation = ValidationSet(files, settings.validation_size, pipe.config.scale, settings.seed)
     prompt_embeds, _ = pipe.encode_prompt(None, do_classifier_free_guidance=False, device=device)
     model = DecodedEstimate(pipe, prompt_embeds)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

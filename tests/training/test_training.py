@@ -572,18 +572,36 @@ def test_values_of_the_file_are_read_as_on_the_command_line(tmp_path, capsys):
     assert "--batch_size" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ("--discriminator nowhere", "`discriminator` must be an existing folder, got 'nowhere'."),
+        ("--train_data {} --num_workers 1", "`sources` has no usable image: 1 not an image."),
+    ],
+    ids=["setting", "images in a worker"],
+)
+def test_a_process_ends_in_one_sentence(settings, tmp_path, options, sentence):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"no image")
+    process = start(settings, tmp_path / "run", *options.format(tmp_path / "images").split())
+    text, _ = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in text
+    assert text.splitlines()[-1] == sentence
+
+
 def test_an_output_folder_with_checkpoints_is_not_overwritten(settings, uninterrupted):
     with pytest.raises(SystemExit, match="`output_dir=.*` has checkpoints of another run.*`--resume latest`"):
         train(settings, uninterrupted)
 
 
-def test_a_bug_keeps_its_traceback(settings, tmp_path, monkeypatch):
-    """Other than a wrong setting: a ValueError after the models and data are built is none."""
+@pytest.mark.parametrize("function", ["freeze", "EMAModel", "Degradation", "make_loader", "training_step"])
+def test_a_bug_keeps_its_traceback(function, settings, tmp_path, monkeypatch):
+    """Only where it comes from what a setting names is a ValueError the user's."""
 
-    def fail(*args):
+    def fail(*args, **arguments):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(script, "training_step", fail)
+    monkeypatch.setattr(script, function, fail)
     with pytest.raises(ValueError, match="a bug"):
         train(settings, tmp_path)
 
