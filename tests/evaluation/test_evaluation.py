@@ -249,7 +249,8 @@ def test_killed_command(folder, pipe):
 
 
 def test_results_are_yielded_as_they_are_measured(folder, pipe):
-    Path("lq/b.png").write_bytes(Path("lq/b.png").read_bytes()[:80])
+    whole = Path("lq/b.png").read_bytes()
+    Path("lq/b.png").write_bytes(whole[:80])
     evaluator = Evaluator("out", "lq", "gt", pipe, metrics=["psnr_y", "niqe"], sampling=Sampling(tile_size=None))
     assert not Path("out").exists()
     results = evaluator.measure()
@@ -261,6 +262,8 @@ def test_results_are_yielded_as_they_are_measured(folder, pipe):
     assert len(rest) == 5 and Path("out/results.json").exists()
     assert {key: result.error for key, result in rest.items() if result.error} == evaluator.evaluation.failed
     assert rest["200", "b"].error and not rest["200", "b"].values
+    Path("lq/b.png").write_bytes(whole)
+    assert not any(result.error for result in evaluator.measure()) and not evaluator.evaluation.failed
 
 
 def test_metrics_and_schedules_can_be_added(folder, pipe):
