@@ -110,7 +110,7 @@ def test_a_model_between_two(tmp_path, extra_layers, capsys):
     assert "`--output` must be a new folder" in capsys.readouterr().err
 
 
-def test_the_result_has_the_number_type_asked_for(tmp_path):
+def test_the_result_has_the_dtype_asked_for(tmp_path):
     interpolate_predictors.main(
         [TINY, TINY, "--weight", "0.3", "--dtype", "float16", "--output", str(tmp_path / "same")]
     )

@@ -81,7 +81,7 @@ def start(settings, output, *options, processes=1, threads=1):
 
 
 def run(settings, output, *options, **start_options):
-    """A run in processes of its own, which has to succeed."""
+    """A run in processes of its own, which must succeed."""
     process = start(settings, output, *options, **start_options)
     text, _ = process.communicate()
     assert process.returncode == 0, text

@@ -322,7 +322,7 @@ def test_agreement(scripts):
 
 
 def test_training_learns_what_the_judges_care_about(scripts, tmp_path):
-    """Judges who see blur and no colours, of patches that differ in both: the network has to learn the same."""
+    """Judges who see blur and no colours, of patches that differ in both: the network must learn the same."""
     rng = np.random.default_rng(0)
     photo = np.asarray(Image.open(FIXTURES / "photos" / "kodim20_hr.png").convert("RGB"))
     make_triplets, _ = scripts

@@ -95,7 +95,7 @@ def test_the_first_iteration_by_hand(settings, latent_lpips, tmp_path):
     discriminator.save_pretrained(tmp_path / "discriminator")
     pipe = InvSRPipeline.from_pretrained(TINY)
     with torch.no_grad():
-        pipe.noise_predictor.encoder.conv_out.bias[0] += 30  # for estimates that have to be clamped
+        pipe.noise_predictor.encoder.conv_out.bias[0] += 30  # for estimates that must be clamped
     pipe.noise_predictor.save_pretrained(tmp_path / "predictor")
     options = {
         "noise_predictor": tmp_path / "predictor",
@@ -236,10 +236,10 @@ def test_a_resumed_run_has_the_networks_and_the_pool_that_it_had(settings, unint
     assert read_log(output / "log.jsonl")[-1]["iteration"] == 7
 
 
-def test_a_run_that_goes_on_from_an_earlier_checkpoint_leaves_the_later_ones(
+def test_a_run_resumed_from_an_earlier_checkpoint_removes_the_later_ones(
     settings, uninterrupted, tmp_path, monkeypatch
 ):
-    """Even if it is killed before it saves one: `latest` would go on with what it has left."""
+    """Even if it is killed before it saves one: `latest` would continue with what it left."""
 
     def interrupt():
         raise KeyboardInterrupt
@@ -365,7 +365,7 @@ os._exit(0)  # Gloo's threads may hold tensors still, and dropping one while Pyt
 
 
 def test_a_sharded_predictor_has_the_gradients_of_the_whole_batch(tmp_path):
-    """FSDP has to find the tensors of the predictor's output."""
+    """FSDP must find the tensors of the predictor's output."""
     (tmp_path / "sharded.py").write_text(SHARDED)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = subprocess.run(
