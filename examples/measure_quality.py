@@ -22,12 +22,15 @@ parser.add_argument("--lr", required=True, type=Path, help="folder of LR images"
 parser.add_argument("--hr", required=True, type=Path, help="folder of the originals, under the same paths")
 parser.add_argument("--model", default=TINY, help="folder or Hub id (default: the embedded model)")
 args = parser.parse_args()
+paths = sorted(path for path in args.hr.rglob("*") if path.is_file())
+if not paths:
+    parser.error(f"`--hr` must be a folder of images, got {args.hr}")
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 pipe = InvSRPipeline.from_pretrained(args.model, dtype=auto_dtype(device)).to(device)
 
 scores = []
-for path in sorted(path for path in args.hr.rglob("*") if path.is_file()):
+for path in paths:
     name = path.relative_to(args.hr)
     hr, lr = Image.open(path).convert("RGB"), Image.open(args.lr / name).convert("RGB")
     result = pipe(lr, target_size=(hr.height, hr.width), generator=torch.Generator().manual_seed(0)).images[0]

@@ -202,6 +202,9 @@ def test_measure_quality(example, model, tiny, capsys):
         for name in names:
             image = Image.open(Path(name).name)
             (image if folder == "lr" else image.resize((4 * image.width, 4 * image.height))).save(f"{folder}/{name}")
+    with pytest.raises(SystemExit):
+        example("measure_quality.py", "--lr", "lr", "--hr", "nowhere", "--model", model)
+    assert "`--hr` must be a folder of images, got nowhere" in capsys.readouterr().err
     example("measure_quality.py", "--lr", "lr", "--hr", "hr", "--model", model)
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert list(lines) == [*names, "mean"]
