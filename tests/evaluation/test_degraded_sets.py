@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import files_below, run_command
+from helpers import files_below, pixels, run_command
 from PIL import ExifTags, Image
 
 from diffusers_invsr.evaluation import make_test_set
@@ -43,10 +43,6 @@ def save(path: Path, seed: int, **settings):
 def degrade(*arguments, status: int = 0) -> str:
     size = () if "--size" in arguments else ("--size", SIZE)
     return run_command("degrade", "hr", *arguments, *size, status=status)
-
-
-def pixels(path: str) -> np.ndarray:
-    return np.array(Image.open(path))
 
 
 @pytest.mark.parametrize("setting, scale", [("test", 4), ("training", 2)])

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run_command
+from helpers import pixels, run_command
 from PIL import Image
 
 from diffusers_invsr import TINY, InvSRPipeline
@@ -58,10 +58,6 @@ def save(image: Image.Image, folder: str, name: str, suffix: str = ".png"):
     path = Path(folder, name + suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
-
-
-def pixels(path: str | Path) -> np.ndarray:
-    return np.array(Image.open(path))
 
 
 def evaluate_fast(pipe, out="out", gt="gt", **settings):

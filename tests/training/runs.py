@@ -6,8 +6,7 @@ import sys
 import time
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from helpers import EXAMPLES
+from helpers import EXAMPLES, reset_accelerate
 from safetensors.torch import load_file
 
 
@@ -55,13 +54,6 @@ def train(settings, output, *options):
 
     reset_accelerate()
     train_invsr.main([settings, "--output_dir", str(output), *options])
-
-
-def reset_accelerate():
-    """accelerate keeps its state for the life of a process."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    PartialState._reset_state()
 
 
 def environment(threads=1):
