@@ -21,7 +21,7 @@ args = parser.parse_args()
 
 pipe = InvSRPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
 # The model card is made from the configuration. You can edit it on the Hub: later pushes keep it
-pipe.push_to_hub(args.repo_id, private=args.private)
+pipe.push_to_hub(args.repo_id, private=args.private or None)  # None: as the owner's settings say
 
 # Anyone can load it now. Where `diffusers_invsr` is not installed, the code comes from the Hub:
 # DiffusionPipeline.from_pretrained(repo_id, custom_pipeline="pipeline", trust_remote_code=True)

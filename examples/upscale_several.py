@@ -19,6 +19,8 @@ parser.add_argument("images", nargs="+", type=Path, help="the pictures to upscal
 parser.add_argument("--model", default=TINY, help="folder or Hub id (default: the embedded model)")
 parser.add_argument("--output", default="upscaled", type=Path, help="folder of the results (default: %(default)s)")
 args = parser.parse_args()
+if len({path.stem for path in args.images}) < len(args.images):
+    parser.error("the names of the pictures must differ without their extensions, which the results share")
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 pipe = InvSRPipeline.from_pretrained(args.model, dtype=auto_dtype(device)).to(device)

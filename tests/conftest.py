@@ -8,9 +8,8 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from helpers import FIXTURES
+from helpers import FIXTURES, reset_accelerate
 from safetensors.torch import load_file
 
 from diffusers_invsr import InvSRNoisePredictor, InvSRPipeline, InvSRScheduler
@@ -72,11 +71,8 @@ def pipe(reference_pipe, prompt_embeds):
 
 @pytest.fixture
 def fresh_accelerator():
-    """accelerate keeps its state for the life of a process."""
     yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    PartialState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture

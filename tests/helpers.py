@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from typer.testing import CliRunner
 
 
@@ -23,6 +25,20 @@ def photo(height: int = 32, width: int = 32, batch: int = 1, seed: int = 0) -> t
     """Smooth colours `(batch, 3, height, width)` in [0, 1]."""
     noise = torch.rand(batch, 3, height // 8 + 2, width // 8 + 2, generator=generator(seed))
     return F.interpolate(noise, size=(height, width), mode="bicubic").clamp(0, 1)
+
+
+def pixels(file: str | Path) -> np.ndarray:
+    """The pixels of an image file."""
+    return np.array(Image.open(file))
+
+
+def reset_accelerate():
+    """accelerate keeps its state for the life of a process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
 
 
 def run_command(*arguments, status: int = 0) -> str:

@@ -25,6 +25,7 @@ class Hub:
         self.url = url
         self.objects: dict[str, bytes] = {}  # large files, by their SHA-256
         self.commits: dict[str, dict[str, dict[str, bytes]]] = {}  # repository -> commit -> path -> content
+        self.created: dict[str, dict] = {}  # what was asked for, by repository
         self.read_only: set[str] = set()
         self.lock = threading.Lock()
 
@@ -90,6 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(body)
         repo = f"{request.get('organization') or USER}/{request['name']}"
         exists = repo in self.hub.commits
+        self.hub.created[repo] = request
         if not exists:
             self.hub.commit(repo, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
         self.respond_json({"url": f"{self.hub.url}/{repo}", "name": repo}, 409 if exists else 200)

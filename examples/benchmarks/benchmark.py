@@ -16,7 +16,7 @@ not fit tiles to the image; with `compile=full` or `graphs` among the variants, 
 
 Times are medians with the range of all repeats, after warm-up. Speed-ups are ratios of medians, with the range of the
 ratios of single turns. Operations are those of matrix products, convolutions and attention; a multiplication and an
-addition count as two. The peak is the best of several products of large matrices in the same number type (on CPUs also
+addition count as two. The peak is the best of several products of large matrices in the same dtype (on CPUs also
 of small ones, or only these where large ones would take more than a second each). Convolutions can exceed it: on CUDA
 they may use TF32 for float32, and on CPUs they come from another library. PSNR compares the results in 8 bits. With
 random weights it shows whether variants compute the same, not how good a result is.
@@ -116,7 +116,7 @@ def parse_arguments(args: list[str] | None) -> argparse.Namespace:
             nargs="+",
             default=[item.default],
             metavar=f"{{{','.join(accepted)}}}",
-            help=rules.get("help", "number type"),
+            help=rules.get("help", "dtype"),
         )
     settings.add_argument(
         "--variant", type=parse_variant, action="append", default=[], help="NAME:key=value,...: a combination"

@@ -110,7 +110,7 @@ def make_variants(options: dict[str, list], combinations: list[tuple[str, dict]]
     Args:
         options (`dict[str, list]`): Values by field of [`Settings`].
         combinations (`list[tuple[str, dict]]`): Names and changed settings of further variants.
-        published (`bool`): Whether the published procedure goes first, with the base's number type and tile size.
+        published (`bool`): Whether the published procedure goes first, with the base's dtype and tile size.
 
     Raises:
         ValueError: If a name occurs twice.
@@ -197,7 +197,7 @@ class Calls:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The number type of the arguments; `None` if they are integers."""
+        """The dtype of the arguments; `None` if they are integers."""
         tensors = (item for item in tree_iter((self.args, self.kwargs)) if isinstance(item, torch.Tensor))
         return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
@@ -224,7 +224,7 @@ def record_calls(pipe: InvSRPipeline) -> Iterator[dict[str, Calls]]:
 
 @contextmanager
 def as_called(part: nn.Module, calls: Calls) -> Iterator[None]:
-    """Converts a component to the number type of its recorded call: a VAE in float16 may have run in float32."""
+    """Converts a component to the dtype of its recorded call: a VAE in float16 may have run in float32."""
     before = next(part.parameters()).dtype
     part.to(calls.dtype or before)
     try:
@@ -254,7 +254,7 @@ class Runner:
     Args:
         variant ([`Variant`]): The variant.
         source ([`InvSRPipeline`]): The model, eager and in float32.
-        weights (`dict`): The weights that all runners of one number type share, by number type.
+        weights (`dict`): The weights that all runners of one dtype share, by dtype.
         device (`torch.device`): Where it runs.
     """
 

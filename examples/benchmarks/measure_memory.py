@@ -53,7 +53,7 @@ def main(args: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=positive, nargs="+", default=[256, 1024], help="sides of square LR images")
     add_model_arguments(parser, default="tiny")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="number type")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
     parser.add_argument("--tile-size", type=positive, help="LR pixels (default: automatic)")
     parser.add_argument("--repeats", type=positive, default=3, help="turns (default: %(default)s)")
     parser.add_argument("--freed", choices=("returned", "kept"), help=argparse.SUPPRESS)

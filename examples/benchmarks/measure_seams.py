@@ -18,7 +18,7 @@ The rule: the smallest overlap at which each of the three is as low as with the 
 Gaussian), or as elsewhere in the same images, where no seam can be: the mean of the paired differences is not above
 its standard error. Of two windows that pass, the one with the lower line.
 
-D contains noise, which is drawn anew for each tile, and context: the padding at a tile's ends and group
+D contains noise, which is drawn for each tile by itself, and context: the padding at a tile's ends and group
 normalisations, which see the whole tile. The PSNR between two untiled passes with different seeds shows how much is
 noise.
 

@@ -21,16 +21,18 @@ from diffusers_invsr.hub import card_metadata
 
 
 @torch.no_grad()
-def interpolate(first: nn.Module, second: nn.Module, weight: float) -> nn.Module:
+def interpolate(first: nn.Module, second: nn.Module, weight: float, may_grow: bool = False) -> nn.Module:
     """
-    The network between two. A residual layer that only `second` has counts as one of `first` that adds zero.
+    The network between two. With `may_grow`, a residual layer that only `second` has counts as one of `first` that
+    adds zero.
 
     Raises:
-        ValueError: If `second` lacks a weight of `first`, or it has another shape.
+        ValueError: If `second` lacks a weight of `first` or gives it another shape, or, without `may_grow`, has more.
     """
     network = copy.deepcopy(second)
     known, weights = first.state_dict(), network.state_dict()
-    if any(name not in weights or weights[name].shape != value.shape for name, value in known.items()):
+    fits = all(name in weights and weights[name].shape == value.shape for name, value in known.items())
+    if not fits or (len(weights) > len(known) and not may_grow):
         raise ValueError(f"The {type(first).__name__} of both pipelines must have the same weights.")
     for name, value in weights.items():
         if name in known:
@@ -74,8 +76,8 @@ def main(argv: list[str] | None = None):
     pipe, other = (InvSRPipeline.from_pretrained(folder) for folder in (arguments.first, arguments.second))
     try:
         networks = {
-            name: interpolate(getattr(pipe, name), getattr(other, name), arguments.weight)
-            for name in ("noise_predictor", "vae")
+            name: interpolate(getattr(pipe, name), getattr(other, name), arguments.weight, may_grow)
+            for name, may_grow in (("noise_predictor", True), ("vae", False))
         }
     except ValueError as error:
         parser.error(str(error))

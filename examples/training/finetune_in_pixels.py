@@ -11,7 +11,7 @@ also decoded from their own latents, and that error counts as much, so that the 
 encoder, which is frozen like the diffusion model. For small models: gradients pass through the decoder at the full
 resolution.
 
-The YAML file may be one of `train_invsr.py`: settings that this script does not have are ignored, with a warning. On
+The YAML file may be one of `train_invsr.py`: settings that only that script has are ignored, with a warning. On
 CPUs `ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 examples/training/finetune_in_pixels.py ...` starts one process
 per core. The same command with `--resume` continues from the last checkpoint, on CPUs to the very same weights. The
 output folder gets `pipeline/` (in float16), `log.jsonl` and the checkpoints. Needs `pip install ".[training]"`.
@@ -79,6 +79,14 @@ MAX_SKIPPED_STEPS = 25  # in a row; the first ones of float16 are, until its sca
 # Of a resumed run: what does not change the weights, and `also_degraded_by`, which is compared by its content
 FREE_SETTINGS = ("output_dir", "resume", "num_workers", "cuda_graphs", "validation_data", "validation_size")
 FREE_SETTINGS += ("log_every", "validate_every", "checkpoint_every", "also_degraded_by")
+# Only train_invsr.py has these, and so may a YAML file that both scripts read
+OTHER_SETTINGS = (
+    "adversarial_weight", "base_model", "channels_last", "compile", "crops_per_image", "dis_init_iterations",
+    "discriminator", "discriminator_config", "discriminator_weight_decay", "gradient_accumulation_steps",
+    "gradient_checkpointing", "hub_model_id", "keep_checkpoints", "latent_cache", "latent_lpips", "license",
+    "lpips_weight", "max_skipped_steps", "noise_predictor", "noise_predictor_config", "pool_batches",
+    "push_to_hub", "report_to", "start_timesteps", "use_8bit_adam", "variant",
+)  # fmt: skip
 
 
 @dataclass
@@ -112,7 +120,7 @@ def parse_args(argv: list[str]) -> tuple[Settings, list[DegradationSettings]]:
     usage = "%(prog)s [SETTINGS.yaml] [--setting value ...]"
     description = __doc__.strip().splitlines()[0]
     parser = HfArgumentParser((Settings, DegradationSettings), usage=usage, description=description)
-    settings, *degradations = parse_settings(parser, argv, ignore_unknown=True)
+    settings, *degradations = parse_settings(parser, argv, ignored=OTHER_SETTINGS)
     if settings.model is None:
         parser.error("`--model` must name the pipeline to start from.")
     if not settings.train_data:
@@ -204,12 +212,14 @@ def freeze(pipe: InvSRPipeline):
 def load_pipeline(settings: Settings, device: torch.device) -> InvSRPipeline:
     """The pipeline to start from, in float32, with all but the trained parts frozen."""
     model = TINY if settings.model == "tiny" else settings.model
-    try:
-        pipe = InvSRPipeline.from_pretrained(model, dtype=torch.float32)
-    except (OSError, HFValidationError) as error:
-        if Path(model).is_dir():
-            raise TrainingError(f"`model={settings.model!r}` could not be loaded as a pipeline: {error}") from error
-        raise FetchError(model, error) from error
+    with training_errors():
+        try:
+            pipe = InvSRPipeline.from_pretrained(model, dtype=torch.float32)
+        except (OSError, HFValidationError) as error:
+            if Path(model).is_dir():
+                message = f"`model={settings.model!r}` could not be loaded as a pipeline: {error}"
+                raise TrainingError(message) from error
+            raise FetchError(model, error) from error
     pipe.set_progress_bar_config(disable=True)
     if pipe.takes_text and pipe.text_encoder is not None:
         pipe.drop_text_encoder()  # the prompt is embedded once
@@ -274,15 +284,15 @@ def finetune(settings: Settings, degradation_settings: list[DegradationSettings]
 
     # 2. Models and data
     validation, skip_report = None, SkipReport()
-    with training_errors():  # of files, folders and Hub ids that the settings name
+    with training_errors():
         dataset = make_dataset(settings.train_data, settings.crop_size, settings.seed)
-        pipe = load_pipeline(settings, device)
-        degradations = [Degradation(each, pipe.config.scale).to(device) for each in degradation_settings]
-        for degradation in degradations:
-            check_crop_size(settings.crop_size, degradation)
-        if settings.validation_data is not None and accelerator.is_main_process:
-            files = list_files(settings.validation_data)
-            validation = ValidationSet(files, settings.validation_size, pipe.config.scale, settings.seed)
+    pipe = load_pipeline(settings, device)
+    degradations = [Degradation(each, pipe.config.scale).to(device) for each in degradation_settings]
+    for degradation in degradations:
+        check_crop_size(settings.crop_size, degradation)
+    if settings.validation_data is not None and accelerator.is_main_process:
+        files = list_files(settings.validation_data)
+        validation = ValidationSet(files, settings.validation_size, pipe.config.scale, settings.seed)
     prompt_embeds, _ = pipe.encode_prompt(None, do_classifier_free_guidance=False, device=device)
     model = DecodedEstimate(pipe, prompt_embeds)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

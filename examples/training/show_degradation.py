@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None):
     pictures = [(photo, "HR")]
     generator = torch.Generator().manual_seed(arguments.seed)
     for _ in range(arguments.draws):
-        # One image a batch, so that the resizes differ too.
+        # In batches of one image, so that the resizes differ too
         draw = degradation.draw(1, generator)
         lr = to_image(degradation.apply(hr, draw, generator))
         pictures.append((lr.resize((crop, crop), Image.Resampling.NEAREST), caption(draw.to_dicts()[0])))

@@ -160,6 +160,7 @@ class RunSettings:
     max_skipped_steps: int = setting("Consecutive iterations with non-finite gradients before the run stops.", 10)
     mixed_precision: str | None = setting("`no`, `bf16` or `fp16`. None: as in `accelerate config`.")
     gradient_checkpointing: bool = setting("Recompute activations in the backward pass to save memory.", False)
+    use_8bit_adam: bool = setting("Keep the optimizers' states in 8 bits; requires bitsandbytes.", False)
     channels_last: bool = setting("Use the channels-last memory format; faster on GPUs.", False)
     compile: bool = setting("Compile the networks.", False)
     log_every: int = setting("Iterations between lines of the log.", 10)
@@ -221,13 +222,15 @@ def build_accelerators(run: RunSettings) -> tuple[Accelerator, Accelerator]:
     group = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the other processes wait while one validates
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not torch.accelerator.is_available():
         group.backend = "gloo"  # accelerate chooses none for DeepSpeed on CPUs
-    accelerator = Accelerator(
-        gradient_accumulation_plugin=accumulation,
-        mixed_precision=run.mixed_precision,
-        log_with=None if run.report_to == "none" else run.report_to,
-        project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(Path(run.output_dir, "logs"))),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), group],
-    )
+    folders = ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(Path(run.output_dir, "logs")))
+    with training_errors():  # of the precision or the tracker
+        accelerator = Accelerator(
+            gradient_accumulation_plugin=accumulation,
+            mixed_precision=run.mixed_precision,
+            log_with=None if run.report_to == "none" else run.report_to,
+            project_config=folders,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), group],
+        )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise TrainingError("FSDP 1 hides the weights that the moving average needs: use `--fsdp_version 2`.")
     if accelerator.scaler is not None and run.gradient_accumulation_steps > 1 and run.adversarial_weight:
@@ -295,24 +298,25 @@ def build_models(settings: Settings, accelerator: Accelerator, dis_accelerator: 
     frozen_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
 
     # 3.1 Load or make the networks
-    if model.noise_predictor is None:
-        noise_predictor = InvSRNoisePredictor(**(model.noise_predictor_config or {}))
-    else:
-        noise_predictor = load_noise_predictor(model.noise_predictor)
+    latent_lpips, discriminator = None, None
+    with training_errors():
+        if model.noise_predictor is None:
+            noise_predictor = InvSRNoisePredictor(**(model.noise_predictor_config or {}))
+        else:
+            noise_predictor = load_noise_predictor(model.noise_predictor)
+        averaged = InvSRNoisePredictor.from_config(noise_predictor.config)
+        pipe = convert(averaged, base=TINY if model.base_model == "tiny" else model.base_model, variant=model.variant)
+        if run.lpips_weight:
+            latent_lpips = load_latent_lpips(model.latent_lpips).to(device, frozen_dtype)
+        if run.adversarial_weight:
+            discriminator = load_discriminator(model).train()
     noise_predictor.train()
-    averaged = InvSRNoisePredictor.from_config(noise_predictor.config).eval().requires_grad_(False)
-    averaged.load_state_dict(noise_predictor.state_dict())
-    pipe = convert(averaged, base=TINY if model.base_model == "tiny" else model.base_model, variant=model.variant)
+    averaged.eval().requires_grad_(False).load_state_dict(noise_predictor.state_dict())
     # Of the weights in float32, whatever they are cast to: a resumed run may have another precision
     base_fingerprint = " and ".join(module_fingerprint(part, with_config=False)[:12] for part in (pipe.unet, pipe.vae))
     freeze(pipe, frozen_dtype)
     pipe.to(device)
     prompt_embeds, _ = pipe.encode_prompt(do_classifier_free_guidance=False)
-    latent_lpips, discriminator = None, None
-    if run.lpips_weight:
-        latent_lpips = load_latent_lpips(model.latent_lpips).to(device, frozen_dtype)
-    if run.adversarial_weight:
-        discriminator = load_discriminator(model).train()
 
     # 3.2 Save memory and time
     networks = [noise_predictor] if discriminator is None else [noise_predictor, discriminator]
@@ -333,16 +337,14 @@ def build_models(settings: Settings, accelerator: Accelerator, dis_accelerator: 
             network.forward = convert_outputs_to_fp32(autocast(network.forward))
 
     # 3.3 Optimizers and moving average
-    optimizer = torch.optim.AdamW(noise_predictor.parameters(), lr=run.learning_rate, weight_decay=0.0)
+    optimizer = build_optimizer("AdamW", noise_predictor, run, weight_decay=0.0)
     lr_scheduler = get_constant_schedule_with_warmup(optimizer, run.warmup_iterations)
     ema = EMAModel(noise_predictor.parameters(), decay=run.ema_decay)
     ema.to(device)
     noise_predictor, optimizer = accelerator.prepare(noise_predictor, optimizer)
     dis_optimizer = None
     if discriminator is not None:
-        dis_optimizer = torch.optim.Adam(
-            discriminator.parameters(), lr=run.learning_rate, weight_decay=run.discriminator_weight_decay
-        )
+        dis_optimizer = build_optimizer("Adam", discriminator, run, run.discriminator_weight_decay)
         discriminator, dis_optimizer = dis_accelerator.prepare(discriminator, dis_optimizer)
     accelerator.register_for_checkpointing(ema, lr_scheduler)
     return Models(
@@ -373,6 +375,18 @@ def freeze(pipe: InvSRPipeline, dtype: torch.dtype):
     pipe.set_progress_bar_config(disable=True)
 
 
+def build_optimizer(name: str, network: nn.Module, run: RunSettings, weight_decay: float) -> torch.optim.Optimizer:
+    """`Adam` or `AdamW`, which differ in how the weights decay, with their state in 8 bits if asked for."""
+    optimizers = torch.optim
+    if run.use_8bit_adam:
+        try:
+            from bitsandbytes import optim as optimizers
+        except ImportError as error:
+            raise TrainingError("`use_8bit_adam` requires bitsandbytes: `pip install bitsandbytes`.") from error
+        name = f"{name}8bit"
+    return getattr(optimizers, name)(network.parameters(), lr=run.learning_rate, weight_decay=weight_decay)
+
+
 def load_discriminator(model: ModelSettings) -> InvSRDiscriminator:
     if model.discriminator is None:
         return InvSRDiscriminator(**(model.discriminator_config or {}))
@@ -400,7 +414,8 @@ def build_data(settings: Settings, accelerator: Accelerator, pipe: InvSRPipeline
     check_crop_size(data.crop_size, degradation)
     pool = PairPool(data.pool_batches)
     cache = LatentCache(data.latent_cache, vae_fingerprint(pipe.vae)) if data.latent_cache else None
-    dataset = make_dataset(data.train_data, data.crop_size, seed=run.seed, crops_per_image=data.crops_per_image)
+    with training_errors():
+        dataset = make_dataset(data.train_data, data.crop_size, seed=run.seed, crops_per_image=data.crops_per_image)
     validation = None
     if data.validation_data is not None and accelerator.is_main_process:
         validation = ValidationSet(list_files(data.validation_data), data.crop_size, pipe.config.scale, run.seed)
@@ -641,18 +656,18 @@ def validate(models: Models, validation: ValidationSet | None, state: RunState):
 
 
 def train(settings: Settings):
-    # 7.1 Build. Here any ValueError or OSError comes from a setting, or from a file or Hub id that it names
+    # 7.1 Build
     run = settings.run
+    accelerator, dis_accelerator = build_accelerators(run)
+    checkpoints = Checkpoints(Path(run.output_dir), accelerator, run.keep_checkpoints)
+    check_output_folder(run, checkpoints)
+    if run.push_to_hub and accelerator.is_main_process:
+        check_hub_access(run.hub_model_id or checkpoints.folder.name)
     with training_errors():
-        accelerator, dis_accelerator = build_accelerators(run)
-        checkpoints = Checkpoints(Path(run.output_dir), accelerator, run.keep_checkpoints)
-        check_output_folder(run, checkpoints)
-        if run.push_to_hub and accelerator.is_main_process:
-            check_hub_access(run.hub_model_id or checkpoints.folder.name)
         checkpoints.folder.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(run.seed)
-        models = build_models(settings, accelerator, dis_accelerator)
-        data = build_data(settings, accelerator, models.pipe)
+    torch.manual_seed(run.seed)
+    models = build_models(settings, accelerator, dis_accelerator)
+    data = build_data(settings, accelerator, models.pipe)
     state = RunState(settings, models, data, checkpoints)
     state.start()
     progress = state.progress

@@ -204,6 +204,8 @@ def train(model_args: ModelSettings, args: TrainingSettings):
                 " choose another folder."
             )
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        if "fixed" not in state:
+            raise TrainingError(f"{checkpoint} was written by an earlier release: choose another `output_dir`.")
         check_unchanged(fixed, state["fixed"])
 
     # Data
@@ -229,13 +231,14 @@ def train(model_args: ModelSettings, args: TrainingSettings):
     }
 
     # Models: the frozen encoder, the metric, and the small network that turns two distances into a preference
-    with training_errors():  # of files, folders and Hub ids that the settings name
-        vae = load_vae(model_args.vae).to(accelerator.device).eval().requires_grad_(False)
+    with training_errors():
+        vae = load_vae(model_args.vae)
         in_channels = vae.config.latent_channels
         if model_args.block_out_channels is None:
             metric = LatentLPIPS.from_vgg16(model_args.vgg16, in_channels)
         else:
             metric = LatentLPIPS(in_channels, tuple(model_args.block_out_channels))
+    vae.to(accelerator.device).eval().requires_grad_(False)
     metric.net.requires_grad_(model_args.train_trunk)
     preference = Dist2LogitLayer()
 

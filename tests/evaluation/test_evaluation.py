@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import run_command
+from helpers import pixels, run_command
 from PIL import Image
 
 from diffusers_invsr import TINY, InvSRPipeline
@@ -58,10 +58,6 @@ def save(image: Image.Image, folder: str, name: str, suffix: str = ".png"):
     path = Path(folder, name + suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
-
-
-def pixels(path: str | Path) -> np.ndarray:
-    return np.array(Image.open(path))
 
 
 def evaluate_fast(pipe, out="out", gt="gt", **settings):
@@ -249,7 +245,8 @@ def test_killed_command(folder, pipe):
 
 
 def test_results_are_yielded_as_they_are_measured(folder, pipe):
-    Path("lq/b.png").write_bytes(Path("lq/b.png").read_bytes()[:80])
+    whole = Path("lq/b.png").read_bytes()
+    Path("lq/b.png").write_bytes(whole[:80])
     evaluator = Evaluator("out", "lq", "gt", pipe, metrics=["psnr_y", "niqe"], sampling=Sampling(tile_size=None))
     assert not Path("out").exists()
     results = evaluator.measure()
@@ -261,6 +258,8 @@ def test_results_are_yielded_as_they_are_measured(folder, pipe):
     assert len(rest) == 5 and Path("out/results.json").exists()
     assert {key: result.error for key, result in rest.items() if result.error} == evaluator.evaluation.failed
     assert rest["200", "b"].error and not rest["200", "b"].values
+    Path("lq/b.png").write_bytes(whole)
+    assert not any(result.error for result in evaluator.measure()) and not evaluator.evaluation.failed
 
 
 def test_metrics_and_schedules_can_be_added(folder, pipe):

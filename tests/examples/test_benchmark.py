@@ -154,7 +154,7 @@ def test_calls_and_operations(report):
     assert report["matmul_peak_flops"]["float32"] > 1e8
 
 
-def test_tables_have_a_row_a_variant(report):
+def test_tables_have_one_row_per_variant(report):
     text = report["markdown"]
     row = next(line for line in text.splitlines() if line.startswith("| published |"))
     assert "| 3 |" in row and "| 1.00 (1.00–1.00) |" in row and row.endswith("| reference |")

@@ -144,7 +144,7 @@ def test_findings(tiny, photos, tmp_path):
     difference, *_ = rows["predicted noise, 1 step [200] − bicubic"]
     assert difference.startswith(f"{psnr - np.mean(bicubic):+.3f} ± ")
 
-    # Resuming after a kill: the line that was cut off is computed anew, rows that other tables share are not.
+    # Resuming after a kill: the line that was cut off is computed again, rows that other tables share are not.
     file.write_text(file.read_text()[:-10])
     paper_findings.main(options(photos, tmp_path, "--tables", "main", "scales"))
     both = scores_in(file)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from helpers import EXAMPLES, FIXTURES
+from helpers import EXAMPLES, FIXTURES, pixels
 from hub_server import serve
 from PIL import Image
 from safetensors.torch import load
@@ -68,10 +68,6 @@ def upscaled(pipe: InvSRPipeline, file: str, **arguments) -> np.ndarray:
     return np.array(pipe(Image.open(file), generator=torch.Generator().manual_seed(0), **arguments).images[0])
 
 
-def opened(file: str) -> np.ndarray:
-    return np.array(Image.open(file))
-
-
 def test_scripts_are_short_and_listed():
     scripts = {path.name: path.read_text() for path in EXAMPLES.glob("*.py")}
     index = (EXAMPLES / "README.md").read_text()
@@ -96,18 +92,26 @@ def test_no_script_imports_a_script_or_another_folder(folder):
 
 def test_upscale_image(example, model, tiny):
     example("upscale_image.py", "a.png", "--model", model, "--output", "out.png")
-    assert np.array_equal(opened("out.png"), upscaled(tiny, "a.png"))
+    assert np.array_equal(pixels("out.png"), upscaled(tiny, "a.png"))
 
 
 def test_upscale_several(example, model, tiny):
     example("upscale_several.py", "a.png", "b.png", "--model", model, "--output", "out")
     for name in ("a.png", "b.png"):
-        assert np.array_equal(opened(f"out/{name}"), upscaled(tiny, name))
+        assert np.array_equal(pixels(f"out/{name}"), upscaled(tiny, name))
+
+
+@pytest.mark.parametrize("script", ["upscale_several.py", "compile_pipeline.py"])
+def test_no_result_replaces_another(example, model, script, capsys):
+    with pytest.raises(SystemExit):
+        example(script, "a.png", "others/a.jpg", "--model", model, "--output", "out")
+    assert "the names of the pictures must differ without their extensions" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_compare_steps(example, model, tiny):
     example("compare_steps.py", "a.png", "--model", model, "--output", "out.png")
-    sheet = opened("out.png")
+    sheet = pixels("out.png")
     assert sheet.shape == (3 * 64, 3 * 80, 3)
     places = {(0, 1): {"start_timestep": 250}, (0, 2): {}, (1, 2): {"num_steps": 2}, (2, 2): {"num_steps": 5}}
     for (row, column), arguments in places.items():
@@ -118,25 +122,25 @@ def test_compare_steps(example, model, tiny):
 def test_upscale_panorama(example, model, tiny):
     example("upscale_panorama.py", "b.png", "--tile-size", "16", "--model", model)
     expected = upscaled(tiny, "b.png", tile_size=16, tile_overlap=4)
-    assert np.array_equal(opened("upscaled.png"), expected)
+    assert np.array_equal(pixels("upscaled.png"), expected)
 
 
 def test_text_to_image(example, model, cases, capsys):
     save_sd_turbo(Path("sd"), {**cases, "unet": {**cases["unet"], "sample_size": 8}})
     example("text_to_image.py", "a lighthouse", "--text-to-image", "sd", "--model", model)
     before, after = map(int, re.search(r"(\d+)x\d+ -> upscaled.png: (\d+)x", capsys.readouterr().out).groups())
-    assert opened("upscaled.png").shape[1] == after == 4 * before
+    assert pixels("upscaled.png").shape[1] == after == 4 * before
 
 
 def test_low_memory(example, model, tiny):
     example("low_memory.py", "a.png", "--tile-size", "16", "--model", model)
-    assert np.array_equal(opened("upscaled.png"), upscaled(tiny, "a.png"))
+    assert np.array_equal(pixels("upscaled.png"), upscaled(tiny, "a.png"))
 
 
 def test_low_memory_with_text_encoder_and_tiled_vae(example, converted):
     example("low_memory.py", "a.png", "--tile-size", "16", "--model", converted)
     expected = upscaled(InvSRPipeline.from_pretrained(converted), "a.png", tile_size=16).astype(int)
-    assert np.abs(opened("upscaled.png") - expected).max() <= 1
+    assert np.abs(pixels("upscaled.png") - expected).max() <= 1
 
 
 def test_load_lora(example, model, tiny):
@@ -149,7 +153,7 @@ def test_load_lora(example, model, tiny):
     results = {}
     for weight in ("0", "1"):
         example("load_lora.py", "a.png", "lora", "--model", model, "--weight", weight)
-        results[weight] = opened("upscaled.png")
+        results[weight] = pixels("upscaled.png")
     assert np.abs(results["0"].astype(int) - plain).max() <= 1
     assert psnr(results["1"], plain) < 50
 
@@ -163,7 +167,7 @@ def test_compile_pipeline(example, converted, capsys):
     pipe = InvSRPipeline.from_pretrained(converted)
     for name in ("a.png", "b.png"):
         expected = upscaled(pipe, name, tile_size=16).astype(int)
-        assert np.abs(opened(f"out/{name}") - expected).max() <= 1
+        assert np.abs(pixels(f"out/{name}") - expected).max() <= 1
 
 
 def push(script: str, model: str):
@@ -179,6 +183,7 @@ def test_push_to_hub(model, tmp_path):
     with serve() as hub:
         run(push, str(EXAMPLES / "push_to_hub.py"), model, home=tmp_path / "home", hub=hub.url)
         files = hub.files("user/published")
+        assert not {"private", "visibility"} & set(hub.created["user/published"])  # the owner's default
     assert {"model_index.json", "pipeline.py", "unet/diffusion_pytorch_model.safetensors"} <= set(files)
     assert "license: cc0-1.0" in files["README.md"].decode()
     assert json.loads(files["model_index.json"])["tile_size"] == 16
@@ -187,17 +192,21 @@ def test_push_to_hub(model, tmp_path):
 
 
 def test_measure_quality(example, model, tiny, capsys):
+    names = ("a.png", "night/b.png")
     for folder in ("lr", "hr"):
-        Path(folder).mkdir()
-        for name in ("a.png", "b.png"):
-            image = Image.open(name)
+        Path(folder, "night").mkdir(parents=True)
+        for name in names:
+            image = Image.open(Path(name).name)
             (image if folder == "lr" else image.resize((4 * image.width, 4 * image.height))).save(f"{folder}/{name}")
+    with pytest.raises(SystemExit):
+        example("measure_quality.py", "--lr", "lr", "--hr", "nowhere", "--model", model)
+    assert "`--hr` must be a folder of images, got nowhere" in capsys.readouterr().err
     example("measure_quality.py", "--lr", "lr", "--hr", "hr", "--model", model)
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
-    assert list(lines) == ["a.png", "b.png", "mean"]
+    assert list(lines) == [*names, "mean"]
     scores = []
-    for name in ("a.png", "b.png"):
-        result, hr = upscaled(tiny, name), opened(f"hr/{name}")
+    for name in names:
+        result, hr = upscaled(tiny, f"lr/{name}"), pixels(f"hr/{name}")
         scores.append((psnr_y(result, hr), ssim_y(result, hr)))
         assert f"-> {scores[-1][0]:.2f} dB" in lines[name] and f"-> {scores[-1][1]:.4f}" in lines[name]
     assert f"-> {np.mean([psnr for psnr, _ in scores]):.2f} dB" in lines["mean"]

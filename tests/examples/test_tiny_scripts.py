@@ -110,7 +110,7 @@ def test_a_model_between_two(tmp_path, extra_layers, capsys):
     assert "`--output` must be a new folder" in capsys.readouterr().err
 
 
-def test_the_result_has_the_number_type_asked_for(tmp_path):
+def test_the_result_has_the_dtype_asked_for(tmp_path):
     interpolate_predictors.main(
         [TINY, TINY, "--weight", "0.3", "--dtype", "float16", "--output", str(tmp_path / "same")]
     )
@@ -128,7 +128,7 @@ def test_a_predictor_between_itself_and_a_deeper_one(weight):
         for value in second.parameters():
             value.add_(0.1)
         image = 2 * torch.rand(1, 3, 32, 32) - 1
-        between = interpolate_predictors.interpolate(first, second, weight)
+        between = interpolate_predictors.interpolate(first, second, weight, may_grow=True)
         expected = (first, second)[weight](image, 199).moments
         torch.testing.assert_close(between(image, 199).moments, expected)
 
@@ -143,3 +143,10 @@ def test_models_of_other_shapes_have_nothing_between(tmp_path, capsys):
         )
     assert "The InvSRNoisePredictor of both pipelines must have the same weights." in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_a_vae_may_not_grow():
+    first, second = (InvSRPipeline.from_pretrained(TINY).vae for _ in range(2))
+    second.decoder.extra = torch.nn.Conv2d(3, 3, 1)
+    with pytest.raises(ValueError, match="The AutoencoderTiny of both pipelines must have the same weights"):
+        interpolate_predictors.interpolate(first, second, 0.5)

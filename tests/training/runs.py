@@ -6,8 +6,7 @@ import sys
 import time
 
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from helpers import EXAMPLES
+from helpers import EXAMPLES, reset_accelerate
 from safetensors.torch import load_file
 
 
@@ -57,13 +56,6 @@ def train(settings, output, *options):
     train_invsr.main([settings, "--output_dir", str(output), *options])
 
 
-def reset_accelerate():
-    """accelerate keeps its state for the life of a process."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    PartialState._reset_state()
-
-
 def environment(threads=1):
     """Several threads only slow small models down."""
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
@@ -81,7 +73,7 @@ def start(settings, output, *options, processes=1, threads=1):
 
 
 def run(settings, output, *options, **start_options):
-    """A run in processes of its own, which has to succeed."""
+    """A run in processes of its own, which must succeed."""
     process = start(settings, output, *options, **start_options)
     text, _ = process.communicate()
     assert process.returncode == 0, text

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import reset_accelerate
+from helpers import reset_accelerate
 
 from diffusers_invsr.files import write_atomically
 from diffusers_invsr.training.checkpoints import Checkpoints

@@ -54,7 +54,7 @@ def assert_nearly_the_same(one, other, rtol, mean):
 
 
 def resume_half_way(settings, output, folder, half, *options, **launch_options):
-    """Run the second half of a finished run again, from its checkpoint: the end has to be the same to the last bit."""
+    """Run the second half of a finished run again, from its checkpoint: the end must be the same to the last bit."""
     later = ("pipeline", "discriminator", *(f"checkpoint-{i}" for i in range(half + 1, 7)))
     shutil.copytree(output, folder, ignore=lambda path, names: later if path == str(output) else ())
     train(settings, folder, *options, "--resume", "latest", **launch_options)

@@ -1,5 +1,6 @@
 """`examples/training/finetune_in_pixels.py` as a user runs it, on the embedded model."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from diffusers_invsr import TINY, InvSRNoisePredictor, InvSRPipeline
 pytest.importorskip("kornia")
 
 import finetune_in_pixels  # noqa: E402
+import train_invsr  # noqa: E402
 
 from diffusers_invsr.training import (  # noqa: E402
     Degradation,
@@ -177,6 +179,7 @@ def test_a_deeper_predictor_is_saved_with_its_depth(tmp_path):
 
 def test_wrong_settings_are_named(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("typo.yaml").write_text("learning_rat: 1.0e-4\nbase_model: tiny")
     for arguments, message in (
         (["missing.yaml"], "there is no settings file 'missing.yaml'"),
         ([SETTINGS[0], "--model", "tiny"], "`--train_data` must name at least one source"),
@@ -190,6 +193,7 @@ def test_wrong_settings_are_named(capsys, tmp_path, monkeypatch):
         (command(model="nowhere"), "'nowhere' could not be fetched from the Hub"),
         (command(crop_size=30), "`crop_size` must be a multiple of 4"),
         ([*SETTINGS, "--speed", "9"], "unknown setting: --speed 9"),
+        (["typo.yaml"], "typo.yaml has unknown settings: learning_rat."),
     ):
         with pytest.raises(SystemExit) as error:
             finetune_in_pixels.main(arguments)
@@ -200,3 +204,6 @@ def test_settings_of_another_script_are_ignored_and_named(caplog):
     settings, (degradation,) = finetune_in_pixels.parse_args([*SETTINGS, "--model", "tiny"])
     assert settings.batch_size == 16 and degradation.blur_sigma == [0.2, 2.5]
     assert "tiny_degradation.yaml: ignored settings of another script: adversarial_weight, base_model" in caplog.text
+    scripts = (train_invsr.ModelSettings, train_invsr.DataSettings, train_invsr.RunSettings), (type(settings),)
+    others, own = ({field.name for cls in classes for field in dataclasses.fields(cls)} for classes in scripts)
+    assert set(finetune_in_pixels.OTHER_SETTINGS) == others - own

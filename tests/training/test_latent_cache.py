@@ -16,7 +16,7 @@ def small_vae(seed=0, **config):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_what_was_put_is_got_in_its_number_type(tmp_path, dtype):
+def test_what_was_put_is_got_in_its_dtype(tmp_path, dtype):
     tensors = torch.randn(3, 8, 2, 2).to(dtype)
     LatentCache(tmp_path, "f0").put(KEYS, tensors)
     found = LatentCache(tmp_path, "f0").get([KEYS[2], "other", KEYS[0]])
@@ -109,5 +109,12 @@ def test_fingerprint_follows_what_the_encoder_computes(tmp_path):
 
 
 def test_as_many_tensors_as_keys(tmp_path):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="`tensors` must have one tensor per key, got 2 for 3 keys"):
         LatentCache(tmp_path, "f0").put(KEYS, torch.zeros(2, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fingerprint", ["", "../up", "a/b", 3])
+def test_nothing_is_written_outside_the_folder(tmp_path, fingerprint):
+    with pytest.raises(ValueError, match="`fingerprint` must consist of letters and digits, got"):
+        LatentCache(tmp_path, fingerprint)

@@ -322,7 +322,7 @@ def test_agreement(scripts):
 
 
 def test_training_learns_what_the_judges_care_about(scripts, tmp_path):
-    """Judges who see blur and no colours, of patches that differ in both: the network has to learn the same."""
+    """Judges who see blur and no colours, of patches that differ in both: the network must learn the same."""
     rng = np.random.default_rng(0)
     photo = np.asarray(Image.open(FIXTURES / "photos" / "kodim20_hr.png").convert("RGB"))
     make_triplets, _ = scripts
@@ -381,6 +381,12 @@ def test_a_resumed_run_is_an_uninterrupted_one(scripts, triplets, tmp_path, monk
         train(scripts, triplets, tmp_path / "parts", *schedule)
     with pytest.raises(SystemExit, match="`epochs` must stay the same in a resumed run: it was 2, got 3"):
         train(scripts, triplets, tmp_path / "parts", "--epochs", "3", "--decay_epochs", "2", "--resume")
+    (tmp_path / "earlier").mkdir()
+    state = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)
+    state["course"] = state.pop("fixed")
+    torch.save(state, tmp_path / "earlier" / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="checkpoint.pt was written by an earlier release: choose another `output_d"):
+        train(scripts, triplets, tmp_path / "earlier", *schedule, "--resume")
     metrics = train(scripts, triplets, tmp_path / "parts", *schedule, "--resume")
     assert [record["epoch"] for record in metrics["history"]] == [0, 1, 2, 3, 4]
     assert_same(load_latent_lpips(tmp_path / "parts"), load_latent_lpips(tmp_path / "whole").state_dict())

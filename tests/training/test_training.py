@@ -1,5 +1,6 @@
 """`examples/training/train_invsr.py` as a user runs it, with small real networks for the embedded model."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,7 +95,7 @@ def test_the_first_iteration_by_hand(settings, latent_lpips, tmp_path):
     discriminator.save_pretrained(tmp_path / "discriminator")
     pipe = InvSRPipeline.from_pretrained(TINY)
     with torch.no_grad():
-        pipe.noise_predictor.encoder.conv_out.bias[0] += 30  # for estimates that have to be clamped
+        pipe.noise_predictor.encoder.conv_out.bias[0] += 30  # for estimates that must be clamped
     pipe.noise_predictor.save_pretrained(tmp_path / "predictor")
     options = {
         "noise_predictor": tmp_path / "predictor",
@@ -234,10 +236,10 @@ def test_a_resumed_run_has_the_networks_and_the_pool_that_it_had(settings, unint
     assert read_log(output / "log.jsonl")[-1]["iteration"] == 7
 
 
-def test_a_run_that_goes_on_from_an_earlier_checkpoint_leaves_the_later_ones(
+def test_a_run_resumed_from_an_earlier_checkpoint_removes_the_later_ones(
     settings, uninterrupted, tmp_path, monkeypatch
 ):
-    """Even if it is killed before it saves one: `latest` would go on with what it has left."""
+    """Even if it is killed before it saves one: `latest` would continue with what it left."""
 
     def interrupt():
         raise KeyboardInterrupt
@@ -363,7 +365,7 @@ os._exit(0)  # Gloo's threads may hold tensors still, and dropping one while Pyt
 
 
 def test_a_sharded_predictor_has_the_gradients_of_the_whole_batch(tmp_path):
-    """FSDP has to find the tensors of the predictor's output."""
+    """FSDP must find the tensors of the predictor's output."""
     (tmp_path / "sharded.py").write_text(SHARDED)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = subprocess.run(
@@ -507,6 +509,33 @@ def test_wrong_options_are_refused(settings, capsys, tmp_path):
         assert error.value.code == 2 or "\n" not in sentence
 
 
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_eight_bits_require_bitsandbytes(settings, tmp_path):
+    with pytest.raises(SystemExit, match="`use_8bit_adam` requires bitsandbytes: `pip install bitsandbytes`"):
+        train(settings, tmp_path, "--use_8bit_adam")
+
+
+def test_eight_bits_are_for_both_optimizers(settings, tmp_path, monkeypatch):
+    made = {"AdamW8bit": [], "Adam8bit": []}
+
+    def stand_in(name: str, kind: type):
+        def make(parameters, **arguments):
+            made[name].append(arguments)
+            return kind(parameters, **arguments)
+
+        return make
+
+    optim = SimpleNamespace(
+        AdamW8bit=stand_in("AdamW8bit", torch.optim.AdamW), Adam8bit=stand_in("Adam8bit", torch.optim.Adam)
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=optim))
+    train(settings, tmp_path, "--use_8bit_adam", "--max_iterations", "1")
+    assert made == {
+        "AdamW8bit": [{"lr": 1e-3, "weight_decay": 0.0}],
+        "Adam8bit": [{"lr": 1e-3, "weight_decay": 1e-3}],
+    }
+
+
 def test_a_wrong_file_of_settings_is_refused(tmp_path, capsys):
     wrong = {
         "learning_rat: 1.0e-4": "has unknown settings: learning_rat.",
@@ -543,18 +572,36 @@ def test_values_of_the_file_are_read_as_on_the_command_line(tmp_path, capsys):
     assert "--batch_size" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ("--discriminator nowhere", "`discriminator` must be an existing folder, got 'nowhere'."),
+        ("--train_data {} --num_workers 1", "`sources` has no usable image: 1 not an image."),
+    ],
+    ids=["setting", "images in a worker"],
+)
+def test_a_process_ends_in_one_sentence(settings, tmp_path, options, sentence):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"no image")
+    process = start(settings, tmp_path / "run", *options.format(tmp_path / "images").split())
+    text, _ = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in text
+    assert text.splitlines()[-1] == sentence
+
+
 def test_an_output_folder_with_checkpoints_is_not_overwritten(settings, uninterrupted):
     with pytest.raises(SystemExit, match="`output_dir=.*` has checkpoints of another run.*`--resume latest`"):
         train(settings, uninterrupted)
 
 
-def test_a_bug_keeps_its_traceback(settings, tmp_path, monkeypatch):
-    """Other than a wrong setting: a ValueError after the models and data are built is none."""
+@pytest.mark.parametrize("function", ["freeze", "EMAModel", "Degradation", "make_loader", "training_step"])
+def test_a_bug_keeps_its_traceback(function, settings, tmp_path, monkeypatch):
+    """Only where it comes from what a setting names is a ValueError the user's."""
 
-    def fail(*args):
+    def fail(*args, **arguments):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(script, "training_step", fail)
+    monkeypatch.setattr(script, function, fail)
     with pytest.raises(ValueError, match="a bug"):
         train(settings, tmp_path)
 

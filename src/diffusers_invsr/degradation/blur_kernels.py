@@ -92,7 +92,7 @@ def sinc(x: torch.Tensor, y: torch.Tensor, cutoff: torch.Tensor) -> torch.Tensor
     """The circular low-pass filter (equation 6): w J1(w r) / (2 pi r), whose limit at r = 0 is w^2 / (4 pi)."""
     radius, cutoff = torch.hypot(x, y), per_pixel(cutoff).double()
     bessel = torch.from_numpy(j1((cutoff * radius).numpy()))
-    # The radius at the center only has to be positive there: its value is not used
+    # Any positive radius will do at the center, where it is not used
     return torch.where(
         radius == 0, cutoff**2 / (4 * math.pi), cutoff * bessel / (2 * math.pi * radius.clamp(min=1e-3))
     )

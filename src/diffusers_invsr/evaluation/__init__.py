@@ -1,10 +1,10 @@
 """Measuring models on test sets (section 4 of the paper): test sets, runs, metrics, tables, pictures."""
 
+from .degraded_sets import DegradedSet, make_test_set
 from .evaluate import Evaluator, ImageResult, Sampling, evaluate
 from .metric_suite import METRICS, MetricSuite
 from .pictures import save_plot, save_sheets
 from .report import Evaluation, Run
-from .test_sets import TestSet, make_test_set
 
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "MetricSuite",
     "Run",
     "Sampling",
-    "TestSet",
+    "DegradedSet",
     "evaluate",
     "make_test_set",
     "save_plot",

@@ -255,6 +255,7 @@ class Evaluator:
                 for name in self.pairs:
                     try:
                         run.images[name] = self._measure_image(run, name, records[run.name])
+                        failed.pop((run.name, name), None)  # of an earlier call
                     except Exception as error:  # a bad image does not stop the others
                         failed[run.name, name] = str(error) or type(error).__name__
                     yield ImageResult(run.name, name, run.images.get(name, {}), failed.get((run.name, name)))

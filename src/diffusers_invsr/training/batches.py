@@ -12,7 +12,7 @@ from .latents import draw_latents
 
 def batch_generator(seed: int, number: int) -> torch.Generator:
     r"""
-    The source of all randomness of one micro-batch of a run. Nothing has to be saved to resume.
+    The source of all randomness of one micro-batch of a run. Resuming requires no saved state.
 
     Args:
         seed (`int`): The run's seed.

@@ -44,7 +44,7 @@ def make_dataset(
         sources (`list[str]`):
             Either any number of
             - folders, which are searched with all their subfolders, in the order of the paths;
-            - text files with the path of one image a line, relative to the text file's folder;
+            - text files with one path per line, relative to the text file's folder;
 
             each with an optional limit (`"ffhq[:20000]"`, the first 20,000 images or all if there are fewer);
             or any number of

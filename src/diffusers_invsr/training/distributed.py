@@ -9,7 +9,7 @@ from .errors import TrainingError
 
 
 def whole_parameters(network: nn.Module) -> list[nn.Parameter]:
-    """The weights of a network, gathered if FSDP has sharded them. All processes have to call it."""
+    """The weights of a network, gathered if FSDP has sharded them. All processes must call it."""
     parameters = list(network.parameters())
     return [nn.Parameter(p.full_tensor()) if hasattr(p, "full_tensor") else p for p in parameters]
 

@@ -10,12 +10,14 @@ class TrainingError(ValueError):
 
     Args:
         message (`str`):
-            The sentence. A `DataLoader` raises the errors of its workers again with their traceback as message, of
-            which the sentence is the end.
+            The sentence. A `DataLoader` makes the errors of its workers again, from a message that is their traceback:
+            then it is the end of that.
     """
 
     def __init__(self, message: str):
-        super().__init__(message.rpartition("TrainingError: ")[2].strip())
+        if message.startswith("Caught TrainingError in DataLoader worker"):
+            message = message.rpartition("TrainingError: ")[2].strip()
+        super().__init__(message)
 
 
 @contextmanager
@@ -23,8 +25,8 @@ def training_errors() -> Iterator[None]:
     """
     Turn a `ValueError` or an `OSError` of the block into a [`TrainingError`] with the same message.
 
-    For the part of a script that reads what its settings name (files, folders, Hub ids, configurations): there the
-    package and diffusers raise these for a wrong setting. After it, they are bugs and keep their traceback.
+    For the calls that read what a script's settings name (files, folders, Hub ids, configurations): there the package
+    and diffusers raise these for a wrong setting. Elsewhere they are bugs and keep their traceback.
     """
     try:
         yield

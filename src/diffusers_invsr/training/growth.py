@@ -16,7 +16,7 @@ def deepen(
             Gives the other weights of the new layers, as far as it has them; by default they are random.
 
     Returns:
-        [`InvSRNoisePredictor`]: The deeper one, in evaluation mode, with the device and number type of `predictor`.
+        [`InvSRNoisePredictor`]: The deeper one, in evaluation mode, with the device and dtype of `predictor`.
     """
     layers = predictor.config.layers_per_block
     *others, last = [layers] * len(predictor.config.block_out_channels) if isinstance(layers, int) else layers

@@ -26,9 +26,14 @@ class LatentCache:
     Args:
         folder (`str` or `Path`): The folder. It is made when the first file is written.
         fingerprint (`str`): Identifies the encoder, from [`vae_fingerprint`]. Each encoder has its own subfolder.
+
+    Raises:
+        ValueError: If `fingerprint` could name a file outside the folder.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str):
+        if not isinstance(fingerprint, str) or not fingerprint.isalnum():
+            raise ValueError(f"`fingerprint` must consist of letters and digits, got {fingerprint!r}.")
         self.folder = Path(folder).expanduser() / fingerprint
         self._warned: set[Path] = set()
 
@@ -40,7 +45,7 @@ class LatentCache:
             keys (`list[str]`): The crops' `"keys"`.
 
         Returns:
-            `list[torch.Tensor | None]`: For each, the tensor that was put there, in its number type and on the CPU;
+            `list[torch.Tensor | None]`: For each, the tensor that was put there, in its dtype and on the CPU;
             `None` if there is none, or if the file is damaged (with one warning per file).
         """
         return [self._read(self._path(key)) for key in keys]
@@ -52,8 +57,13 @@ class LatentCache:
         Args:
             keys (`list[str]`): The crops' `"keys"`.
             tensors (`torch.Tensor` or `list[torch.Tensor]`): One per key, along the first dimension.
+
+        Raises:
+            ValueError: If there are more or fewer tensors than keys. Nothing is stored then.
         """
-        for key, tensor in zip(keys, tensors, strict=True):
+        if len(tensors) != len(keys):
+            raise ValueError(f"`tensors` must have one tensor per key, got {len(tensors)} for {len(keys)} keys.")
+        for key, tensor in zip(keys, tensors):
             path = self._path(key)
             path.parent.mkdir(parents=True, exist_ok=True)
             tensor = tensor.detach().cpu().contiguous()
@@ -66,9 +76,8 @@ class LatentCache:
 
     def _path(self, key: str) -> Path:
         name = hashlib.sha256(key.encode(errors="surrogatepass")).hexdigest()
-        return (
-            self.folder / name[:2] / f"{name[2:]}.safetensors"
-        )  # 256 subfolders: a folder of a million files is slow
+        # 256 subfolders: a folder of a million files is slow
+        return self.folder / name[:2] / f"{name[2:]}.safetensors"
 
     def _read(self, path: Path) -> torch.Tensor | None:
         if not path.exists():

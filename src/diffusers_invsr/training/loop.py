@@ -50,7 +50,7 @@ def clipped_step(
     """
     norm = accelerator.clip_grad_norm_(network.parameters(), math.inf if max_grad_norm is None else max_grad_norm)
     norm = float(norm)
-    # The gradient scaler of float16 skips by itself, and has to see the step to lower its scale. With DeepSpeed,
+    # The gradient scaler of float16 skips by itself, and must see the step to lower its scale. With DeepSpeed,
     # `backward` has done all of this already, skipping included: only the norm remains to be read.
     if math.isfinite(norm) or accelerator.scaler is not None:
         optimizer.step()

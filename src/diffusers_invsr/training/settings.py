@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,15 @@ def setting(help: str, default: Any = None, required: bool = False) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse_settings(parser: HfArgumentParser, argv: list[str], ignore_unknown: bool = False) -> tuple:
+def parse_settings(parser: HfArgumentParser, argv: list[str], ignored: Container[str] = ()) -> tuple:
     r"""
     Settings from the command line, which take precedence over those of a YAML file, over the defaults.
 
     Args:
         parser (`HfArgumentParser`): Holds the data classes.
         argv (`list[str]`): Arguments. The first one is the YAML file if it does not start with `-`.
-        ignore_unknown (`bool`, defaults to `False`):
-            Whether settings of the file that no data class has are ignored, with a warning that names them.
+        ignored (`Container[str]`, defaults to `()`):
+            Settings of another script that the file may have. They are ignored, with a warning that names them.
 
     Returns:
         `tuple`: An instance of each data class.
@@ -55,7 +55,7 @@ def parse_settings(parser: HfArgumentParser, argv: list[str], ignore_unknown: bo
         TrainingError: If a data class rejects its values.
     """
     if argv and not argv[0].startswith("-"):
-        parser.set_defaults(**_read_settings(parser, argv[0], ignore_unknown))
+        parser.set_defaults(**_read_settings(parser, argv[0], ignored))
         argv = argv[1:]
     with training_errors():
         *settings, unknown = parser.parse_args_into_dataclasses(
@@ -66,7 +66,7 @@ def parse_settings(parser: HfArgumentParser, argv: list[str], ignore_unknown: bo
     return tuple(settings)
 
 
-def _read_settings(parser: HfArgumentParser, file: str, ignore_unknown: bool) -> dict[str, Any]:
+def _read_settings(parser: HfArgumentParser, file: str, ignored: Container[str]) -> dict[str, Any]:
     """Values of a YAML file, as defaults for the parser."""
     if not Path(file).is_file():
         parser.error(f"there is no settings file {file!r}.")
@@ -77,11 +77,12 @@ def _read_settings(parser: HfArgumentParser, file: str, ignore_unknown: bool) ->
     if not isinstance(values, dict):
         parser.error(f"{file} must hold settings, `name: value`.")
     types = {f.name: f.type for cls in parser.dataclass_types for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(types))
-    if unknown and not ignore_unknown:
-        parser.error(f"{file} has unknown settings: {', '.join(unknown)}.")
+    others = sorted(set(values) - set(types))
+    unknown = [name for name in others if name not in ignored]
     if unknown:
-        logger.warning(f"{file}: ignored settings of another script: {', '.join(unknown)}.")
+        parser.error(f"{file} has unknown settings: {', '.join(unknown)}.")
+    if others:
+        logger.warning(f"{file}: ignored settings of another script: {', '.join(others)}.")
     return {
         name: _as_argument(value, types[name], optional=parser.get_default(name) is None)
         for name, value in values.items()

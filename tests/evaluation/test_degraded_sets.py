@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import files_below, run_command
+from helpers import files_below, pixels, run_command
 from PIL import ExifTags, Image
 
 from diffusers_invsr.evaluation import make_test_set
@@ -43,10 +43,6 @@ def save(path: Path, seed: int, **settings):
 def degrade(*arguments, status: int = 0) -> str:
     size = () if "--size" in arguments else ("--size", SIZE)
     return run_command("degrade", "hr", *arguments, *size, status=status)
-
-
-def pixels(path: str) -> np.ndarray:
-    return np.array(Image.open(path))
 
 
 @pytest.mark.parametrize("setting, scale", [("test", 4), ("training", 2)])
@@ -136,7 +132,8 @@ def test_bad_images_are_reported_and_the_rest_is_degraded(folder):
 
 def test_nothing_is_written_if_no_image_can_be_degraded(folder):
     error = degrade("-o", "set", "--size", 512, status=2).splitlines()[-1]
-    assert error.endswith("has none (hr/a.png: 90x70 pixels, but at least 512 per side are required).")
+    reason = "90x70 pixels, but at least 512 per side are required"
+    assert error.endswith(f"has none (hr/a.png: {reason}; hr/b.jpg: {reason}; hr/deep/c.png: {reason}).")
     assert [path.name for path in folder.iterdir()] == ["hr"]
 
 

@@ -32,7 +32,7 @@ VERSIONS = ("diffusers-invsr", "torch", "kornia", "pillow")
 
 
 @dataclass
-class TestSet:
+class DegradedSet:
     r"""
     What [`make_test_set`] made.
 
@@ -56,7 +56,7 @@ def make_test_set(
     seed: int = 0,
     overwrite: bool = False,
     progress: bool = False,
-) -> TestSet:
+) -> DegradedSet:
     r"""
     Make a test set: the folders `lq` and `gt` with PNG files of the same names, and `settings.json` with everything
     that was drawn.
@@ -78,7 +78,7 @@ def make_test_set(
         progress (`bool`, defaults to `False`): Whether to show a progress bar.
 
     Returns:
-        [`TestSet`]: The images of the set, and what was left out.
+        [`DegradedSet`]: The images of the set, and what was left out.
 
     Raises:
         ImportError: If kornia or scipy is not installed.
@@ -109,7 +109,7 @@ def make_test_set(
     if hr.resolve().is_relative_to(out):
         raise ValueError(f"`out` must not contain `hr`, which it would replace, but {out} contains {hr}.")
     found = find_images([str(hr)], out)
-    test_set = TestSet(problems={Path(path): problem for path, problem in found.problems.items()})
+    test_set = DegradedSet(problems={Path(path): problem for path, problem in found.problems.items()})
 
     # 2. The images, in a folder of their own; inside `out` if it exists, since that may be on another disk
     work = (out if out.exists() else out.parent) / temporary_name()
@@ -129,12 +129,10 @@ def make_test_set(
                 save_image(lr, work / LR_FOLDER / name, lr)
                 test_set.images[name.as_posix()] = {"source": hr_name.as_posix(), **record}
         if not test_set.images:
-            first = "".join(
-                f" ({display_path(path)}: {problem})" for path, problem in list(test_set.problems.items())[:1]
-            )
+            problems = "; ".join(f"{display_path(path)}: {problem}" for path, problem in test_set.problems.items())
             raise ValueError(
                 f"`hr` must contain readable images of at least {size or degradation.min_size} pixels per side, but"
-                f" {hr} has none{first}."
+                f" {hr} has none{f' ({problems})' if problems else ''}."
             )
 
         # 3. All or nothing
