@@ -7,9 +7,18 @@ from .discriminator import InvSRDiscriminator, InvSRDiscriminatorOutput
 from .latent_cache import LatentCache, vae_fingerprint
 from .latent_lpips import LatentLPIPS, load_latent_lpips
 from .latents import draw_latents, encode_posterior
+from .lattice import lattice_loss, lattice_ratio
 from .logs import RunLog, StepwiseMeter, read_log
-from .losses import DISCRIMINATOR_RANGE, hinge_discriminator, hinge_generator, latent_l2, one_step_estimate
+from .losses import (
+    DISCRIMINATOR_RANGE,
+    hinge_discriminator,
+    hinge_generator,
+    latent_l2,
+    one_step_estimate,
+    weights_by_start,
+)
 from .pair_pool import PairPool
+from .perceptual import FeatureDiscriminator, ShiftTolerantLPIPS
 from .sources import list_files
 from .validation import ValidationSet
 
@@ -22,12 +31,14 @@ __all__ = [
     "Degradation",
     "DegradationSettings",
     "EvaluationDegradationSettings",
+    "FeatureDiscriminator",
     "InvSRDiscriminator",
     "InvSRDiscriminatorOutput",
     "LatentCache",
     "LatentLPIPS",
     "PairPool",
     "RunLog",
+    "ShiftTolerantLPIPS",
     "SkipReport",
     "StepwiseMeter",
     "ValidationSet",
@@ -36,6 +47,8 @@ __all__ = [
     "hinge_discriminator",
     "hinge_generator",
     "latent_l2",
+    "lattice_loss",
+    "lattice_ratio",
     "list_files",
     "load_latent_lpips",
     "make_dataset",
@@ -43,4 +56,5 @@ __all__ = [
     "one_step_estimate",
     "read_log",
     "vae_fingerprint",
+    "weights_by_start",
 ]

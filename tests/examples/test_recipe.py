@@ -1,0 +1,92 @@
+"""The recipe of the embedded model at its smallest size, on the package's own weights."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from diffusers_invsr import InvSRPipeline
+
+
+pytest.importorskip("kornia")
+pytest.importorskip("stlpips_pytorch")
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES / "tiny"))
+
+import recipe  # noqa: E402
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for group, name in (("photos", "one.png"), ("photos", "two.png"), ("kodak", "held.png")):
+        (tmp_path / "data" / group).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (256, 256, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((272, 256)).save(tmp_path / "data" / group / name)
+    return tmp_path / "data"
+
+
+def write_settings(file: Path, prior: int, slider: int) -> Path:
+    settings = yaml.safe_load((EXAMPLES / "tiny" / "recipe.yaml").read_text())
+    settings["data"] |= {"crop_size": 64, "shares": {"photos": 0.5, "procedural": 0.5}, "patterns": {}}
+    settings["data"] |= {"procedural_count": 1, "held_back": ["photos/two.png"]}
+    small = {"chunks": 1, "chunk_size": 2, "validate_every": 2, "checkpoint_every": 1}
+    settings["prior"] |= {**small, "iterations": prior}
+    settings["slider"] |= {**small, "iterations": slider, "discriminator_from": 1}
+    settings["slider"]["start_timesteps"] = [250, 100]
+    settings["slider"]["degradations"] = settings["slider"]["degradations"][-1:]
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def weights(work: Path) -> dict[str, torch.Tensor]:
+    pipe = InvSRPipeline.from_pretrained(work / "pipeline")
+    modules = {"unet": pipe.unet, "predictor": pipe.noise_predictor, "vae": pipe.vae}
+    return {f"{key}.{name}": value for key, module in modules.items() for name, value in module.state_dict().items()}
+
+
+def run(data: Path, work: Path, settings: Path):
+    recipe.main([str(settings), "--data", str(data), "--work", str(work)])
+
+
+def test_all_stages_train_and_a_stopped_run_goes_on_as_if_it_had_not_stopped(data, tmp_path, monkeypatch):
+    settings = write_settings(tmp_path / "settings.yaml", prior=2, slider=3)
+    run(data, tmp_path / "whole", settings)
+
+    stops = [3]  # in the first iteration of the second stage
+    draw_chunks = recipe.draw_chunks
+
+    def stop_at(*arguments):
+        stops[0] -= 1
+        if stops[0] == 0:
+            raise KeyboardInterrupt
+        return draw_chunks(*arguments)
+
+    monkeypatch.setattr(recipe, "draw_chunks", stop_at)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "stopped", settings)
+    run(data, tmp_path / "stopped", settings)
+
+    first, second = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    before = {name: value for name, value in weights_of_tiny().items()}
+    changed = {name.split(".")[0] for name, value in first.items() if not torch.equal(value, before[name])}
+    assert changed == {"unet", "predictor", "vae"}
+    encoder = [name for name in first if name.startswith("vae.encoder")]
+    assert all(torch.equal(first[name], before[name]) for name in encoder)
+
+
+def weights_of_tiny() -> dict[str, torch.Tensor]:
+    pipe = InvSRPipeline.from_pretrained(recipe.TINY)
+    modules = {"unet": pipe.unet, "predictor": pipe.noise_predictor, "vae": pipe.vae}
+    return {f"{key}.{name}": value for key, module in modules.items() for name, value in module.state_dict().items()}
+
+
+def test_a_run_with_other_settings_is_refused(data, tmp_path):
+    run(data, tmp_path / "work", write_settings(tmp_path / "settings.yaml", prior=1, slider=1))
+    with pytest.raises(SystemExit, match="other settings"):
+        run(data, tmp_path / "work", write_settings(tmp_path / "settings.yaml", prior=2, slider=1))
