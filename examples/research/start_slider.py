@@ -4,10 +4,10 @@
         --output slider --models before=tiny after=work/pipeline
 
 For each degradation, model and start: PSNR and SSIM of luma over bicubic, ST-LPIPS (Alex), the gradient ratio, and
-the lattice ratio, which is above 1 where a weave with the period of the latents' pixels lies over the result. LR
+the energy of a weave with the period of the latents' pixels (`diffusers_invsr.training.lattice`), result over HR. LR
 images are made as in `paper_findings.py`, from the same seeds. `--output` gets `scores.jsonl` (a stopped run goes on
-there), `slider.md`, `slider.json` and, for each photograph, the middle of bicubic, every result and the HR image. Needs
-`pip install ".[examples,training]"` and `pip install --no-deps stlpips-pytorch`.
+there), `slider.md`, `slider.json` and, for each photograph, the middle of bicubic, every result and the HR image.
+Needs `pip install ".[examples,training]"` and `pip install --no-deps stlpips-pytorch`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from PIL import Image
 from diffusers_invsr import TINY
 from diffusers_invsr.files import write_atomically
 from diffusers_invsr.tables import markdown_table
-from diffusers_invsr.training import ShiftTolerantLPIPS, lattice_ratio
+from diffusers_invsr.training import ShiftTolerantLPIPS, lattice_energy, lattice_prominence
 from diffusers_invsr.training.validation import to_tensor
 
 
@@ -63,7 +63,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def measure_all(result: Image.Image, hr: Image.Image, st_lpips: ShiftTolerantLPIPS) -> dict[str, float]:
     scores = measure(result, hr)
     scores["st_lpips"] = st_lpips(to_tensor(result), to_tensor(hr)).item()
-    return scores | {"lattice_ratio": lattice_ratio(np.array(result), np.array(hr))}
+    for function in (lattice_energy, lattice_prominence):
+        scores[function.__name__] = function(np.array(result), np.array(hr))
+    return scores
 
 
 def main(argv: list[str] | None = None):
@@ -107,8 +109,10 @@ def main(argv: list[str] | None = None):
             row = [run[0], str(run[1] or "")]
             row += [f"{mean['psnr_y']:.2f}", f"{mean['psnr_y'] - bicubic['psnr_y']:+.2f}"]
             row += [f"{mean['ssim_y'] - bicubic['ssim_y']:+.4f}", f"{mean['st_lpips']:.3f}"]
-            rows.append([*row, f"{mean['gradient_ratio']:.3f}", f"{mean['lattice_ratio']:.2f}"])
-        headings = ["model", "start", "PSNR Y", "over bicubic", "SSIM over bicubic", "ST-LPIPS", "gradient", "lattice"]
+            row += [f"{mean[name]:.3f}" for name in ("gradient_ratio", "lattice_energy", "lattice_prominence")]
+            rows.append(row)
+        headings = ["model", "start", "PSNR Y", "over bicubic", "SSIM over bicubic", "ST-LPIPS", "gradient ratio"]
+        headings += ["lattice energy", "lattice prominence"]
         lines += [f"{degradation}, mean over {len(photographs)}", "", markdown_table(headings, rows), ""]
     write_atomically(arguments.output / "slider.md", "\n".join(lines))
     write_json(arguments.output / "slider.json", {"means": means})

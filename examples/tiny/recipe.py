@@ -45,8 +45,9 @@ from diffusers_invsr.training import (
     ShiftTolerantLPIPS,
     hinge_discriminator,
     hinge_generator,
+    lattice_energy,
     lattice_loss,
-    lattice_ratio,
+    lattice_prominence,
     one_step_estimate,
     weights_by_start,
 )
@@ -99,12 +100,20 @@ def share_gradients(parameters: list[nn.Parameter], chunks: int):
 
 
 class Trained:
-    """A network under training: its optimizer, its learning rate and the moving average of its weights."""
+    r"""
+    A network under training: its optimizer, its learning rates and the moving average of its weights.
 
-    def __init__(self, parameters, learning_rate: float, iterations: int, betas=(0.9, 0.99)):
-        self.parameters = list(parameters)
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=learning_rate, betas=betas, weight_decay=1e-4)
-        self.learning_rate, self.iterations = learning_rate, iterations
+    Args:
+        groups (`dict[float, list[nn.Parameter]]`): Parameters by their peak learning rate.
+        iterations (`int`): How many there will be in all.
+        betas (`tuple[float, float]`): Of AdamW.
+    """
+
+    def __init__(self, groups: dict[float, list[nn.Parameter]], iterations: int, betas=(0.9, 0.99)):
+        self.parameters = [parameter for group in groups.values() for parameter in group]
+        groups = [{"params": group, "peak": rate} for rate, group in groups.items()]
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=1e-4)
+        self.iterations = iterations
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         for parameter in self.parameters:  # those of a loss that counts for no image of a batch are zero
             parameter.grad = torch.zeros_like(parameter)
@@ -115,7 +124,7 @@ class Trained:
         norm = nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM).item()
         decay = 0.02 + 0.49 * (1 + math.cos(math.pi * iteration / self.iterations))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * min(1, (iteration + 1) / WARMUP) * decay
+            group["lr"] = group["peak"] * min(1, (iteration + 1) / WARMUP) * decay
         if math.isfinite(norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
@@ -160,7 +169,8 @@ class PriorStage:
         stage = settings["prior"]
         self.pipe, self.last_step = pipe, stage["last_step"]
         pipe.unet.requires_grad_(True).train().to(memory_format=torch.channels_last)
-        self.trained = {"unet": Trained(pipe.unet.parameters(), stage["learning_rate"], stage["iterations"])}
+        groups = {stage["learning_rate"]: list(pipe.unet.parameters())}
+        self.trained = {"unet": Trained(groups, stage["iterations"])}
 
     def losses(self, chunk: Chunk, iteration: int) -> dict[str, torch.Tensor]:
         latents = self.pipe.encode_image(chunk.hr, torch.zeros(1))
@@ -186,7 +196,7 @@ class PriorStage:
                 latents = self.pipe.encode_image(hr, torch.zeros(1))
                 noise = torch.randn(latents.shape, generator=generator)
                 losses.append(self.loss(latents, torch.tensor([start - 1]), noise).item())
-            values[f"loss/{start}"] = float(np.mean(losses))
+            values[f"val_loss/{start}"] = float(np.mean(losses))
         return values
 
 
@@ -206,12 +216,14 @@ class SliderStage:
         self.lpips = ShiftTolerantLPIPS("vgg").to(memory_format=torch.channels_last)
         torch.manual_seed(settings["seed"])
         self.discriminator = FeatureDiscriminator(self.lpips.channels[:FEATURE_LEVELS])
-        parameters = [*pipe.noise_predictor.parameters(), *pipe.vae.decoder.parameters()]
+        by_time, others = [], list(pipe.vae.decoder.parameters())
+        for name, parameter in pipe.noise_predictor.named_parameters():
+            (by_time if "time_emb" in name else others).append(parameter)
+        groups = {stage["learning_rate"]: others, stage["time_learning_rate"]: by_time}
         self.trained = {
-            "generator": Trained(parameters, stage["learning_rate"], stage["iterations"]),
+            "generator": Trained(groups, stage["iterations"]),
             "discriminator": Trained(
-                self.discriminator.parameters(),
-                stage["discriminator_learning_rate"],
+                {stage["discriminator_learning_rate"]: list(self.discriminator.parameters())},
                 stage["iterations"],
                 betas=(0.5, 0.99),
             ),
@@ -251,7 +263,8 @@ class SliderStage:
         images = self.estimate(lr, timesteps, noise)
         by_image = {"mse": (images - hr).square().flatten(1).mean(dim=1), "lattice": lattice_loss(images, hr)}
         reconstruction = F.mse_loss(self.decode(hr_latents[:1]), hr[:1])
-        loss = (by_image["mse"] + stage["lattice_weight"] * by_image["lattice"]).sum() / len(hr)
+        loss = (weights_by_start(stage["mse_weight"], timesteps) * by_image["mse"]).mean()
+        loss = loss + stage["lattice_weight"] * by_image["lattice"].mean()
         loss = loss + stage["reconstruction_weight"] * reconstruction
 
         # The perceptual network sees only images for which one of its losses counts
@@ -306,11 +319,12 @@ class SliderStage:
                 for name, result in results.items():
                     for metric, value in self.measure(result, hr).items():
                         scores.setdefault(f"{metric}/{name}", []).append(value)
-        return {name: float(np.mean(values)) for name, values in scores.items()}
+        return {f"val_{name}": float(np.mean(values)) for name, values in scores.items()}
 
     def measure(self, result: torch.Tensor, hr: torch.Tensor) -> dict[str, float]:
         images = [(255 * x[0]).round().byte().permute(1, 2, 0).numpy() for x in (result, hr)]
-        functions = {"psnr": psnr_y, "ssim": ssim_y, "gradient": gradient_ratio, "lattice": lattice_ratio}
+        functions = {"psnr": psnr_y, "ssim": ssim_y, "gradient": gradient_ratio}
+        functions |= {"lattice": lattice_energy, "prominence": lattice_prominence}
         return {"lpips": self.judge(result, hr).item()} | {name: f(*images) for name, f in functions.items()}
 
 

@@ -43,8 +43,8 @@ def write_settings(file: Path, prior: int, slider: int) -> Path:
     return file
 
 
-def weights(work: Path) -> dict[str, torch.Tensor]:
-    pipe = InvSRPipeline.from_pretrained(work / "pipeline")
+def weights(model: Path) -> dict[str, torch.Tensor]:
+    pipe = InvSRPipeline.from_pretrained(model)
     modules = {"unet": pipe.unet, "predictor": pipe.noise_predictor, "vae": pipe.vae}
     return {f"{key}.{name}": value for key, module in modules.items() for name, value in module.state_dict().items()}
 
@@ -71,19 +71,13 @@ def test_all_stages_train_and_a_stopped_run_goes_on_as_if_it_had_not_stopped(dat
         run(data, tmp_path / "stopped", settings)
     run(data, tmp_path / "stopped", settings)
 
-    first, second = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    first, second = weights(tmp_path / "whole" / "pipeline"), weights(tmp_path / "stopped" / "pipeline")
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    before = {name: value for name, value in weights_of_tiny().items()}
+    before = weights(recipe.TINY)
     changed = {name.split(".")[0] for name, value in first.items() if not torch.equal(value, before[name])}
     assert changed == {"unet", "predictor", "vae"}
     encoder = [name for name in first if name.startswith("vae.encoder")]
     assert all(torch.equal(first[name], before[name]) for name in encoder)
-
-
-def weights_of_tiny() -> dict[str, torch.Tensor]:
-    pipe = InvSRPipeline.from_pretrained(recipe.TINY)
-    modules = {"unet": pipe.unet, "predictor": pipe.noise_predictor, "vae": pipe.vae}
-    return {f"{key}.{name}": value for key, module in modules.items() for name, value in module.state_dict().items()}
 
 
 def test_a_run_with_other_settings_is_refused(data, tmp_path):

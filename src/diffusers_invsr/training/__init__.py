@@ -7,7 +7,7 @@ from .discriminator import InvSRDiscriminator, InvSRDiscriminatorOutput
 from .latent_cache import LatentCache, vae_fingerprint
 from .latent_lpips import LatentLPIPS, load_latent_lpips
 from .latents import draw_latents, encode_posterior
-from .lattice import lattice_loss, lattice_ratio
+from .lattice import lattice_energy, lattice_loss, lattice_prominence
 from .logs import RunLog, StepwiseMeter, read_log
 from .losses import (
     DISCRIMINATOR_RANGE,
@@ -47,8 +47,9 @@ __all__ = [
     "hinge_discriminator",
     "hinge_generator",
     "latent_l2",
+    "lattice_energy",
     "lattice_loss",
-    "lattice_ratio",
+    "lattice_prominence",
     "list_files",
     "load_latent_lpips",
     "make_dataset",

@@ -30,13 +30,10 @@ def lattice_loss(estimate: torch.Tensor, target: torch.Tensor, period: int = 4) 
     return (means - means.mean(dim=2, keepdim=True)).square().flatten(1).mean(dim=1)
 
 
-def lattice_ratio(result: np.ndarray, target: np.ndarray, period: int = 4) -> float:
+def lattice_energy(result: np.ndarray, target: np.ndarray, period: int = 4) -> float:
     r"""
-    How much the lattice's frequencies stand out of a result's spectrum, over how much they do in the HR image: about 1
-    without a weave, whether the result is smooth or not.
-
-    The energy at the multiples of 1 / `period` cycles a pixel is divided by that of the frequencies around them, for
-    the luma of overlapping blocks under a Hann window.
+    Energy at the lattice's frequencies, the multiples of 1 / `period` cycles a pixel, of a result over that of the HR
+    image: below 1 for a smooth result, above 1 where a weave adds what is not there.
 
     Args:
         result (`np.ndarray`), target (`np.ndarray`): 8-bit RGB images `(H, W, 3)`, at least 32 pixels high and wide.
@@ -45,18 +42,34 @@ def lattice_ratio(result: np.ndarray, target: np.ndarray, period: int = 4) -> fl
     Returns:
         `float`: The ratio, NaN for an HR image of one colour.
     """
-    expected = _prominence(luma(target), period)
-    return _prominence(luma(result), period) / expected if expected > 0 else float("nan")
+    energies = [sum(on for on, _ in _energies(image, period)) for image in (result, target)]
+    return energies[0] / energies[1] if energies[1] > 0 else float("nan")
 
 
-def _prominence(image: np.ndarray, period: int) -> float:
-    """Energy at the lattice's frequencies over the mean energy of those two steps away, which the window separates."""
-    blocks = np.lib.stride_tricks.sliding_window_view(image, (BLOCK, BLOCK))[:: BLOCK // 2, :: BLOCK // 2]
+def lattice_prominence(result: np.ndarray, target: np.ndarray, period: int = 4) -> float:
+    r"""
+    How far the lattice's frequencies stand out of a result's spectrum, over how far they do in the HR image: about 1
+    without a weave, however smooth the result is. A smooth one shows a weave of half a level of 255 by 30 and more.
+
+    Arguments and result are those of [`lattice_energy`].
+    """
+    ratios = [
+        np.mean([on / (around + 1e-12) for on, around in _energies(image, period)]) for image in (result, target)
+    ]
+    return float(ratios[0] / ratios[1]) if ratios[1] > 0 else float("nan")
+
+
+def _energies(image: np.ndarray, period: int) -> list[tuple[float, float]]:
+    """Energy of the luma at each of the lattice's frequencies and around it, over blocks under a Hann window."""
+    blocks = np.lib.stride_tricks.sliding_window_view(luma(image), (BLOCK, BLOCK))[:: BLOCK // 2, :: BLOCK // 2]
     blocks = (blocks - blocks.mean(axis=(-2, -1), keepdims=True)).reshape(-1, BLOCK, BLOCK)
     window = np.hanning(BLOCK + 1)[:-1]
     power = (np.abs(np.fft.fft2(blocks * window[:, None] * window)) ** 2).mean(axis=0)
     steps = range(0, BLOCK, BLOCK // period)
-    lattice = [(y, x) for y in steps for x in steps if (y, x) != (0, 0)]
+    # Two steps away, which the window separates; a geometric mean, since spectra fall by orders of magnitude
     ring = [(y, x) for y in range(-2, 3) for x in range(-2, 3) if max(abs(y), abs(x)) == 2]
-    around = sum(power[(y + dy) % BLOCK, (x + dx) % BLOCK] for y, x in lattice for dy, dx in ring) / len(ring)
-    return float(sum(power[place] for place in lattice) / around) if around > 0 else float("nan")
+    energies = []
+    for y, x in ((y, x) for y in steps for x in steps if (y, x) != (0, 0)):
+        around = np.array([power[(y + dy) % BLOCK, (x + dx) % BLOCK] for dy, dx in ring])
+        energies.append((float(power[y, x]), float(np.exp(np.log(around + 1e-12).mean()))))
+    return energies
