@@ -168,7 +168,7 @@ class Trained:
 class PriorStage:
     """The diffusion model, on the latents of HR images, at the noise levels that sampling visits (from 1)."""
 
-    def __init__(self, pipe: InvSRPipeline, settings: dict):
+    def __init__(self, pipe: InvSRPipeline, settings: dict, pictures: list[torch.Tensor]):
         stage = settings["prior"]
         self.pipe, self.last_step = pipe, stage["last_step"]
         pipe.unet.requires_grad_(True).train().to(memory_format=torch.channels_last)
@@ -209,7 +209,7 @@ class SliderStage:
     depend on the start.
     """
 
-    def __init__(self, pipe: InvSRPipeline, settings: dict):
+    def __init__(self, pipe: InvSRPipeline, settings: dict, pictures: list[torch.Tensor]):
         stage = self.stage = settings["slider"]
         self.pipe = pipe
         pipe.unet.requires_grad_(False)
@@ -218,7 +218,7 @@ class SliderStage:
             module.to(memory_format=torch.channels_last)  # faster on a CPU
         self.lpips = ShiftTolerantLPIPS("vgg").to(memory_format=torch.channels_last)
         torch.manual_seed(settings["seed"])
-        self.discriminator = FeatureDiscriminator(self.lpips.channels[:FEATURE_LEVELS])
+        self.discriminator = FeatureDiscriminator(self.lpips.features(torch.cat(pictures), FEATURE_LEVELS))
         by_time, others = [], list(pipe.vae.decoder.parameters())
         for name, parameter in pipe.noise_predictor.named_parameters():
             (by_time if "time_emb" in name else others).append(parameter)
@@ -421,7 +421,7 @@ def main(argv: list[str] | None = None):
     pipe.vae.requires_grad_(False)
     pipe.vae.decoder.requires_grad_(True)
     for name, stage in (("prior", PriorStage), ("slider", SliderStage)):
-        train(name, stage(pipe, settings), settings, crops, pictures, args.work)
+        train(name, stage(pipe, settings, pictures), settings, crops, pictures, args.work)
     if rank() == 0:
         save_pipeline(pipe, args.work / "pipeline")
 

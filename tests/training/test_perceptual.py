@@ -37,8 +37,8 @@ def test_unknown_net():
 def test_discriminator_has_a_map_for_each_level_and_learns():
     lpips = ShiftTolerantLPIPS("vgg")
     torch.manual_seed(0)
-    discriminator = FeatureDiscriminator(lpips.channels[:2], width=8)
     real, fake = lpips.features(images(0, 1), 2), lpips.features(images(0, 5), 2)
+    discriminator = FeatureDiscriminator(real, width=8)
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-2)
     logits = discriminator(real)
     assert [tuple(logit.shape) for logit in logits] == [(2, 1, 72, 64), (2, 1, *real[1].shape[2:])]

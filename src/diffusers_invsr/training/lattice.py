@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from ..metrics import luma
 
 
+SMALLEST_AMPLITUDE = 1e-3  # of a weave, in [0, 1], that the loss still presses on as on larger ones
 WINDOW = 8  # latent pixels over which the loss looks for a pattern that repeats
 BLOCK = 32  # pixels of a block of the measure's spectra
 
 
 def lattice_loss(estimate: torch.Tensor, target: torch.Tensor, period: int = 4) -> torch.Tensor:
     r"""
-    Energy of what repeats, with the period of the latents' pixels, in the difference of two images. Missing texture
-    hardly counts, since its mean over a window is about zero at each place of the lattice.
+    Amplitude of what repeats, with the period of the latents' pixels, in the difference of two images. Missing texture
+    counts little, since its mean over a window is about zero at each place of the lattice. Amplitude and not energy:
+    what shows is a faint weave over flat parts, not a stronger one among textures.
 
     Args:
         estimate (`torch.Tensor`): Images `(B, C, H, W)` with sides that are multiples of `period`.
@@ -27,7 +29,8 @@ def lattice_loss(estimate: torch.Tensor, target: torch.Tensor, period: int = 4) 
     places = F.pixel_unshuffle(estimate - target, period)
     window = min(WINDOW, *places.shape[-2:])
     means = F.avg_pool2d(places, window, stride=max(1, window // 2)).unflatten(1, (-1, period**2))
-    return (means - means.mean(dim=2, keepdim=True)).square().flatten(1).mean(dim=1)
+    energy = (means - means.mean(dim=2, keepdim=True)).square().mean(dim=2)
+    return (energy + SMALLEST_AMPLITUDE**2).sqrt().flatten(1).mean(dim=1) - SMALLEST_AMPLITUDE
 
 
 def lattice_energy(result: np.ndarray, target: np.ndarray, period: int = 4) -> float:

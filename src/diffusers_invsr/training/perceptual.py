@@ -121,23 +121,27 @@ class FeatureDiscriminator(nn.Module):
     https://arxiv.org/abs/2111.01007): it learns from far fewer images than one that starts from pixels.
 
     Args:
-        channels (`Sequence[int]`): Channels of each level of features that it sees.
+        photographs (`list[torch.Tensor]`):
+            Features of a few photographs, of each level that it is to see. They set the scale of each level, for those
+            of [`ShiftTolerantLPIPS`] are small, and spectral norms would not let it grow.
         width (`int`, defaults to 64): Channels of its own.
     """
 
-    def __init__(self, channels: tuple[int, ...], width: int = 64):
+    def __init__(self, photographs: list[torch.Tensor], width: int = 64):
         super().__init__()
         self.heads = nn.ModuleList(
             nn.Sequential(
-                spectral_norm(nn.Conv2d(count, width, kernel_size=1)),
+                spectral_norm(nn.Conv2d(feature.shape[1], width, kernel_size=1)),
                 nn.LeakyReLU(0.2),
                 spectral_norm(nn.Conv2d(width, width, kernel_size=3, padding=1)),
                 nn.LeakyReLU(0.2),
                 spectral_norm(nn.Conv2d(width, 1, kernel_size=3, padding=1)),
             )
-            for count in channels
+            for feature in photographs
         )
+        scales = torch.stack([feature.float().square().mean().rsqrt() for feature in photographs])
+        self.register_buffer("scales", scales)
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """A logit map `(B, 1, h, w)` for each level; the larger, the more real."""
-        return [head(feature) for head, feature in zip(self.heads, features, strict=True)]
+        return [head(scale * level) for head, scale, level in zip(self.heads, self.scales, features, strict=True)]
