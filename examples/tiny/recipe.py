@@ -175,13 +175,14 @@ class PriorStage:
         groups = {stage["learning_rate"]: list(pipe.unet.parameters())}
         self.trained = {"unet": Trained(groups, stage)}
 
-    def losses(self, chunk: Chunk, iteration: int) -> dict[str, torch.Tensor]:
+    def losses(self, chunk: Chunk, iteration: int) -> dict[str, float]:
+        """The losses' values, of which the gradients are added to those of the parameters."""
         latents = self.pipe.encode_image(chunk.hr, torch.zeros(1))
         noise = torch.randn(latents.shape, generator=chunk.generator)
         timesteps = torch.randint(self.last_step, (len(noise),), generator=chunk.generator)
         loss = self.loss(latents, timesteps, noise)
         loss.backward()
-        return {"loss": loss.detach()}
+        return {"loss": loss.item()}
 
     def loss(self, latents: torch.Tensor, timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         alphas = self.pipe.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
@@ -203,6 +204,14 @@ class PriorStage:
         return values
 
 
+LOSSES = ("mse", "lattice", "lpips", "adversarial")  # each with a weight by start
+
+
+def spread(values: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
+    """Values at their places among `count`, zeros elsewhere."""
+    return values.new_zeros(count).index_copy(0, places, values)
+
+
 class SliderStage:
     """
     Noise predictor and decoder, through the frozen diffusion model, on decoded pixels; the weights of the losses
@@ -211,6 +220,8 @@ class SliderStage:
 
     def __init__(self, pipe: InvSRPipeline, settings: dict, pictures: list[torch.Tensor]):
         stage = self.stage = settings["slider"]
+        if stage["chunk_size"] % len(stage["start_timesteps"]):
+            raise SystemExit("The slider's `chunk_size` must be a multiple of its number of `start_timesteps`.")
         self.pipe = pipe
         pipe.unet.requires_grad_(False)
         pipe.noise_predictor.train()
@@ -253,58 +264,61 @@ class SliderStage:
             )
         return self.decode(latents)
 
-    def losses(self, chunk: Chunk, iteration: int) -> dict[str, torch.Tensor]:
+    def features(self, images: torch.Tensor, shift: tuple[int, int]) -> list[torch.Tensor]:
+        """Perceptual features of images that are shifted by cutting off their borders."""
+        (top, left), (height, width) = shift, (side - MAX_SHIFT for side in images.shape[2:])
+        images = images[..., top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.lpips.features(images)
+
+    def adversarial_losses(
+        self, real: list[torch.Tensor], fake: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The discriminator's loss and the generator's, of each image, without gradients for the other."""
+        with torch.autocast("cpu", torch.bfloat16):
+            fake_logits = self.discriminator([level.detach() for level in fake])
+            loss = hinge_discriminator(self.discriminator(real), fake_logits)
+            self.discriminator.requires_grad_(False)
+            adversarial = hinge_generator(self.discriminator(fake))
+            self.discriminator.requires_grad_(True)
+        return loss, adversarial
+
+    def losses(self, chunk: Chunk, iteration: int) -> dict[str, float]:
+        """The losses' values, of which the gradients are added to those of the parameters."""
         hr, generator, stage = chunk.hr, chunk.generator, self.stage
         lr = self.degradations[chunk.rng.choice(len(self.shares), p=self.shares)](hr, generator)
         starts = torch.tensor(stage["start_timesteps"])
-        # Each start equally often, in as far as the chunk's size allows it
-        order = torch.randperm(len(starts), generator=generator).repeat(math.ceil(len(hr) / len(starts)))
-        timesteps = starts[order[: len(hr)]] - 1
+        order = torch.randperm(len(starts), generator=generator).repeat(len(hr) // len(starts))
+        timesteps = starts[order] - 1  # each equally often
         hr_latents = self.pipe.encode_image(hr, torch.zeros(1))
         noise = torch.randn(hr_latents.shape, generator=generator)
+        weights = {name: weights_by_start(stage[f"{name}_weight"], timesteps) for name in LOSSES}
+        if iteration < stage["discriminator_from"]:
+            weights["adversarial"].zero_()
 
         images = self.estimate(lr, timesteps, noise)
-        by_image = {"mse": (images - hr).square().flatten(1).mean(dim=1), "lattice": lattice_loss(images, hr)}
+        losses = {"mse": (images - hr).square().flatten(1).mean(dim=1), "lattice": lattice_loss(images, hr)}
+        # The costly ones are computed only for images for which they count
+        seen = weights_by_start(stage["lpips_weight"], timesteps).nonzero().flatten()
+        shift = tuple(chunk.rng.integers(MAX_SHIFT, size=2).tolist())
+        with torch.no_grad():
+            real = self.features(hr[seen], shift)
+        fake = self.features(images[seen], shift)
+        losses["lpips"] = spread(self.lpips.distance(fake, real), seen, len(hr))
+        judged = weights_by_start(stage["adversarial_weight"], timesteps[seen]).nonzero().flatten()
+        real, fake = ([level[judged] for level in levels[:FEATURE_LEVELS]] for levels in (real, fake))
+        discriminator_loss, adversarial = self.adversarial_losses(real, fake)
+        losses["adversarial"] = spread(adversarial, seen[judged], len(hr))
         reconstruction = F.mse_loss(self.decode(hr_latents[:1]), hr[:1])
-        loss = (weights_by_start(stage["mse_weight"], timesteps) * by_image["mse"]).mean()
-        loss = loss + stage["lattice_weight"] * by_image["lattice"].mean()
-        loss = loss + stage["reconstruction_weight"] * reconstruction
 
-        # The perceptual network sees only images for which one of its losses counts
-        weights = {name: weights_by_start(stage[f"{name}_weight"], timesteps) for name in ("lpips", "adversarial")}
-        seen = (weights["lpips"] + weights["adversarial"]).nonzero().flatten()
-        discriminator_loss = torch.zeros(())
-        if len(seen):
-            top, left = (int(shift) for shift in chunk.rng.integers(MAX_SHIFT, size=2))
-            parts = [
-                x[seen][..., top : top + x.shape[2] - MAX_SHIFT, left : left + x.shape[3] - MAX_SHIFT]
-                for x in (images, hr)
-            ]
-            fake, real = (part.contiguous(memory_format=torch.channels_last) for part in parts)
-            with torch.autocast("cpu", torch.bfloat16):
-                with torch.no_grad():
-                    real = self.lpips.features(real)
-                fake = self.lpips.features(fake)
-                levels = slice(FEATURE_LEVELS)
-                real_logits = self.discriminator(real[levels])
-                fake_logits = self.discriminator([feature.detach() for feature in fake[levels]])
-                discriminator_loss = hinge_discriminator(real_logits, fake_logits).mean()
-            discriminator_loss.backward()
-            by_image["lpips"] = self.lpips.distance(fake, real)
-            loss = loss + (weights["lpips"][seen] * by_image["lpips"]).sum() / len(hr)
-            if iteration >= stage["discriminator_from"]:
-                self.discriminator.requires_grad_(False)
-                with torch.autocast("cpu", torch.bfloat16):
-                    by_image["adversarial"] = hinge_generator(self.discriminator(fake[levels]))
-                loss = loss + (weights["adversarial"][seen] * by_image["adversarial"]).sum() / len(hr)
-        loss.backward()
-        self.discriminator.requires_grad_(True)
+        discriminator_loss.mean().backward()
+        loss = sum((weights[name] * losses[name]).mean() for name in LOSSES)
+        (loss + stage["reconstruction_weight"] * reconstruction).backward()
 
-        values = {"loss": loss, "reconstruction": reconstruction, "discriminator": discriminator_loss}
-        for name, losses in by_image.items():
-            which = range(len(hr)) if len(losses) == len(hr) else seen.tolist()
-            values |= {f"{name}/{timesteps[i] + 1}": value for i, value in zip(which, losses)}
-        return {name: value.detach() for name, value in values.items()}
+        values = {"reconstruction": reconstruction.item(), "discriminator": discriminator_loss.mean().item()}
+        for name, by_image in losses.items():
+            values |= {f"{name}/{step + 1}": value for step, value in zip(timesteps.tolist(), by_image.tolist())}
+        return values
 
     @torch.no_grad()
     def validate(self, pictures: list[torch.Tensor]) -> dict[str, float]:
@@ -358,7 +372,7 @@ def train(name: str, stage, settings: dict, crops: Crops, pictures: list[torch.T
     while iteration < iterations:
         for chunk in draw_chunks(crops, settings, name, iteration):
             for key, value in stage.losses(chunk, iteration).items():
-                sums.setdefault(key, []).append(value.item())
+                sums.setdefault(key, []).append(value)
         norms = {f"norm/{key}": t.step(iteration, settings[name]["chunks"]) for key, t in stage.trained.items()}
         for key, value in norms.items():
             sums.setdefault(key, []).append(value)

@@ -53,11 +53,12 @@ def run(data: Path, work: Path, settings: Path):
     recipe.main([str(settings), "--data", str(data), "--work", str(work)])
 
 
-def test_all_stages_train_and_a_stopped_run_goes_on_as_if_it_had_not_stopped(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("iteration", [2, 3, 5], ids=["second of prior", "first of slider", "third of slider"])
+def test_all_stages_train_and_a_stopped_run_goes_on_as_if_it_had_not_stopped(data, tmp_path, monkeypatch, iteration):
     settings = write_settings(tmp_path / "settings.yaml", prior=2, slider=3)
     run(data, tmp_path / "whole", settings)
 
-    stops = [3]  # in the first iteration of the second stage
+    stops = [iteration]
     draw_chunks = recipe.draw_chunks
 
     def stop_at(*arguments):

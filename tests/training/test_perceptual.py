@@ -5,7 +5,7 @@ import torch
 pytest.importorskip("stlpips_pytorch")
 
 from diffusers_invsr.training.losses import hinge_generator  # noqa: E402
-from diffusers_invsr.training.perceptual import FeatureDiscriminator, ShiftTolerantLPIPS  # noqa: E402
+from diffusers_invsr.training.perceptual import BoundedConv2d, FeatureDiscriminator, ShiftTolerantLPIPS  # noqa: E402
 
 
 def images(seed: int, smooth: int) -> torch.Tensor:
@@ -48,3 +48,15 @@ def test_discriminator_has_a_map_for_each_level_and_learns():
         loss.backward()
         optimizer.step()
     assert hinge_generator(discriminator(real)).mean() < hinge_generator(discriminator(fake)).mean() - 0.1
+
+
+def test_bounded_convolution_has_the_gain_of_its_largest_singular_value():
+    torch.manual_seed(0)
+    conv, reference = BoundedConv2d(3, 5, 3), torch.nn.Conv2d(3, 5, 3)
+    sigma = torch.linalg.matrix_norm(conv.weight.flatten(1), 2)
+    reference.load_state_dict({"weight": (conv.weight / sigma).detach(), "bias": conv.bias})
+    pixels = torch.rand(1, 3, 8, 8)
+    torch.testing.assert_close(conv(pixels), reference(pixels))
+    # Scaling the weights changes nothing, so the gradient has nothing along them
+    conv(pixels).square().sum().backward()
+    assert (conv.weight.grad * conv.weight).sum().abs() < 1e-4 * conv.weight.grad.norm() * conv.weight.norm()

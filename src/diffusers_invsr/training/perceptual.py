@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 
 # Convolutions of each level of features, as (channels, kernel size); between levels the resolution is halved
@@ -115,6 +114,23 @@ def read_weights(net: str) -> dict[str, torch.Tensor]:
     return weights
 
 
+class BoundedConv2d(nn.Conv2d):
+    """
+    A convolution whose kernels, as a matrix, have a largest singular value of 1 (spectral normalization,
+    https://arxiv.org/abs/1802.05957). It is computed anew each time rather than tracked, so there is no state besides
+    the weights.
+    """
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            matrix = self.weight.flatten(1)
+            with torch.no_grad():
+                left = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -1]
+                right = F.normalize(left @ matrix, dim=0)
+            weight = self.weight / (left @ matrix @ right)
+        return self._conv_forward(images, weight.to(images.dtype), self.bias.to(images.dtype))
+
+
 class FeatureDiscriminator(nn.Module):
     r"""
     Tells photographs from results by the features of a network that is not trained ("projected",
@@ -131,11 +147,11 @@ class FeatureDiscriminator(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(
             nn.Sequential(
-                spectral_norm(nn.Conv2d(feature.shape[1], width, kernel_size=1)),
+                BoundedConv2d(feature.shape[1], width, kernel_size=1),
                 nn.LeakyReLU(0.2),
-                spectral_norm(nn.Conv2d(width, width, kernel_size=3, padding=1)),
+                BoundedConv2d(width, width, kernel_size=3, padding=1),
                 nn.LeakyReLU(0.2),
-                spectral_norm(nn.Conv2d(width, 1, kernel_size=3, padding=1)),
+                BoundedConv2d(width, 1, kernel_size=3, padding=1),
             )
             for feature in photographs
         )
