@@ -7,7 +7,7 @@ For each degradation, model and start: PSNR and SSIM of luma over bicubic, ST-LP
 the energy of a weave with the period of the latents' pixels (`diffusers_invsr.training.lattice`), result over HR. LR
 images are made as in `paper_findings.py`, from the same seeds. `--output` gets `scores.jsonl` (a stopped run goes on
 there), `slider.md`, `slider.json` and, for each photograph, the middle of bicubic, every result and the HR image.
-Needs `pip install ".[examples,training]"` and `pip install --no-deps stlpips-pytorch`.
+Needs `pip install ".[examples,training]"`.
 """
 
 import argparse

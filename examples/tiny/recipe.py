@@ -13,7 +13,7 @@ rounding; more find no work.
 The start step is the slider between fidelity and realism: the weights of the losses depend on it. At 100 squared error
 alone counts, at 250 the perceptual and the adversarial loss as much as the YAML file says.
 
-Needs `pip install ".[training]"` and, for its weights, `pip install --no-deps stlpips-pytorch`.
+Needs `pip install ".[training]"`.
 """
 
 import argparse

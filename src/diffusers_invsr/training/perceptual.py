@@ -99,7 +99,7 @@ def read_weights(net: str) -> dict[str, torch.Tensor]:
     """The weights of `stlpips-pytorch`, by the names of [`ShiftTolerantLPIPS`]."""
     spec = find_spec("stlpips_pytorch")
     if spec is None:
-        raise ImportError("The shift-tolerant LPIPS needs its weights: pip install --no-deps stlpips-pytorch")
+        raise ImportError("The shift-tolerant LPIPS needs its weights: pip install stlpips-pytorch")
     folder = Path(spec.submodule_search_locations[0])
     published = torch.load(folder / "weights" / "vST0.0" / f"{net}_shift_tolerant.pth", map_location="cpu")
     weights = {}
