@@ -42,7 +42,7 @@ from diffusers_invsr.resampling import enlarge
 from diffusers_invsr.training import (
     Degradation,
     DegradationSettings,
-    FeatureDiscriminator,
+    PixelDiscriminator,
     RunLog,
     ShiftTolerantLPIPS,
     hinge_discriminator,
@@ -59,8 +59,7 @@ STAGES = ("prior", "slider")
 WARMUP = 100  # iterations in which a learning rate rises
 EMA_DECAY = 0.999
 MAX_GRAD_NORM = 1.0
-FEATURE_LEVELS = 4  # of the perceptual network, that the discriminator sees
-MAX_SHIFT = 4  # pixels by which that network sees results shifted, against the lattice of the latents
+MAX_SHIFT = 4  # pixels by which the perceptual network sees results shifted, against the lattice of the latents
 
 
 @dataclass
@@ -168,7 +167,7 @@ class Trained:
 class PriorStage:
     """The diffusion model, on the latents of HR images, at the noise levels that sampling visits (from 1)."""
 
-    def __init__(self, pipe: InvSRPipeline, settings: dict, pictures: list[torch.Tensor]):
+    def __init__(self, pipe: InvSRPipeline, settings: dict):
         stage = settings["prior"]
         self.pipe, self.last_step = pipe, stage["last_step"]
         pipe.unet.requires_grad_(True).train().to(memory_format=torch.channels_last)
@@ -218,7 +217,7 @@ class SliderStage:
     depend on the start.
     """
 
-    def __init__(self, pipe: InvSRPipeline, settings: dict, pictures: list[torch.Tensor]):
+    def __init__(self, pipe: InvSRPipeline, settings: dict):
         stage = self.stage = settings["slider"]
         if stage["chunk_size"] % len(stage["start_timesteps"]):
             raise SystemExit("The slider's `chunk_size` must be a multiple of its number of `start_timesteps`.")
@@ -229,7 +228,7 @@ class SliderStage:
             module.to(memory_format=torch.channels_last)  # faster on a CPU
         self.lpips = ShiftTolerantLPIPS("vgg").to(memory_format=torch.channels_last)
         torch.manual_seed(settings["seed"])
-        self.discriminator = FeatureDiscriminator(self.lpips.features(torch.cat(pictures), FEATURE_LEVELS))
+        self.discriminator = PixelDiscriminator(pipe.config.scale)
         by_time, others = [], list(pipe.vae.decoder.parameters())
         for name, parameter in pipe.noise_predictor.named_parameters():
             (by_time if "time_emb" in name else others).append(parameter)
@@ -271,15 +270,12 @@ class SliderStage:
         with torch.autocast("cpu", torch.bfloat16):
             return self.lpips.features(images)
 
-    def adversarial_losses(
-        self, real: list[torch.Tensor], fake: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def adversarial_losses(self, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The discriminator's loss and the generator's, of each image, without gradients for the other."""
         with torch.autocast("cpu", torch.bfloat16):
-            fake_logits = self.discriminator([level.detach() for level in fake])
-            loss = hinge_discriminator(self.discriminator(real), fake_logits)
+            loss = hinge_discriminator([self.discriminator(real)], [self.discriminator(fake.detach())])
             self.discriminator.requires_grad_(False)
-            adversarial = hinge_generator(self.discriminator(fake))
+            adversarial = hinge_generator([self.discriminator(fake)])
             self.discriminator.requires_grad_(True)
         return loss, adversarial
 
@@ -298,17 +294,16 @@ class SliderStage:
 
         images = self.estimate(lr, timesteps, noise)
         losses = {"mse": (images - hr).square().flatten(1).mean(dim=1), "lattice": lattice_loss(images, hr)}
-        # The costly ones are computed only for images for which they count
+        # These are computed only for images for which they count
         seen = weights_by_start(stage["lpips_weight"], timesteps).nonzero().flatten()
         shift = tuple(chunk.rng.integers(MAX_SHIFT, size=2).tolist())
         with torch.no_grad():
             real = self.features(hr[seen], shift)
         fake = self.features(images[seen], shift)
         losses["lpips"] = spread(self.lpips.distance(fake, real), seen, len(hr))
-        judged = weights_by_start(stage["adversarial_weight"], timesteps[seen]).nonzero().flatten()
-        real, fake = ([level[judged] for level in levels[:FEATURE_LEVELS]] for levels in (real, fake))
-        discriminator_loss, adversarial = self.adversarial_losses(real, fake)
-        losses["adversarial"] = spread(adversarial, seen[judged], len(hr))
+        judged = weights_by_start(stage["adversarial_weight"], timesteps).nonzero().flatten()
+        discriminator_loss, adversarial = self.adversarial_losses(hr[judged], images[judged])
+        losses["adversarial"] = spread(adversarial, judged, len(hr))
         reconstruction = F.mse_loss(self.decode(hr_latents[:1]), hr[:1])
 
         discriminator_loss.mean().backward()
@@ -435,7 +430,7 @@ def main(argv: list[str] | None = None):
     pipe.vae.requires_grad_(False)
     pipe.vae.decoder.requires_grad_(True)
     for name, stage in (("prior", PriorStage), ("slider", SliderStage)):
-        train(name, stage(pipe, settings, pictures), settings, crops, pictures, args.work)
+        train(name, stage(pipe, settings), settings, crops, pictures, args.work)
     if rank() == 0:
         save_pipeline(pipe, args.work / "pipeline")
 

@@ -18,7 +18,8 @@ from .losses import (
     weights_by_start,
 )
 from .pair_pool import PairPool
-from .perceptual import FeatureDiscriminator, ShiftTolerantLPIPS
+from .perceptual import ShiftTolerantLPIPS
+from .pixel_discriminator import PixelDiscriminator
 from .sources import list_files
 from .validation import ValidationSet
 
@@ -31,12 +32,12 @@ __all__ = [
     "Degradation",
     "DegradationSettings",
     "EvaluationDegradationSettings",
-    "FeatureDiscriminator",
     "InvSRDiscriminator",
     "InvSRDiscriminatorOutput",
     "LatentCache",
     "LatentLPIPS",
     "PairPool",
+    "PixelDiscriminator",
     "RunLog",
     "ShiftTolerantLPIPS",
     "SkipReport",

@@ -1,4 +1,4 @@
-"""A learned perceptual distance in pixels, and a discriminator on the same features."""
+"""A learned perceptual distance in pixels."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -112,52 +112,3 @@ def read_weights(net: str) -> dict[str, torch.Tensor]:
         else:
             weights[name.removeprefix("scaling_layer.")] = value
     return weights
-
-
-class BoundedConv2d(nn.Conv2d):
-    """
-    A convolution whose kernels, as a matrix, have a largest singular value of 1 (spectral normalization,
-    https://arxiv.org/abs/1802.05957). It is computed anew each time rather than tracked, so there is no state besides
-    the weights.
-    """
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(images.device.type, enabled=False):
-            matrix = self.weight.flatten(1)
-            with torch.no_grad():
-                left = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -1]
-                right = F.normalize(left @ matrix, dim=0)
-            weight = self.weight / (left @ matrix @ right)
-        return self._conv_forward(images, weight.to(images.dtype), self.bias.to(images.dtype))
-
-
-class FeatureDiscriminator(nn.Module):
-    r"""
-    Tells photographs from results by the features of a network that is not trained ("projected",
-    https://arxiv.org/abs/2111.01007): it learns from far fewer images than one that starts from pixels.
-
-    Args:
-        photographs (`list[torch.Tensor]`):
-            Features of a few photographs, of each level that it is to see. They set the scale of each level, for those
-            of [`ShiftTolerantLPIPS`] are small, and spectral norms would not let it grow.
-        width (`int`, defaults to 64): Channels of its own.
-    """
-
-    def __init__(self, photographs: list[torch.Tensor], width: int = 64):
-        super().__init__()
-        self.heads = nn.ModuleList(
-            nn.Sequential(
-                BoundedConv2d(feature.shape[1], width, kernel_size=1),
-                nn.LeakyReLU(0.2),
-                BoundedConv2d(width, width, kernel_size=3, padding=1),
-                nn.LeakyReLU(0.2),
-                BoundedConv2d(width, 1, kernel_size=3, padding=1),
-            )
-            for feature in photographs
-        )
-        scales = torch.stack([feature.float().square().mean().rsqrt() for feature in photographs])
-        self.register_buffer("scales", scales)
-
-    def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """A logit map `(B, 1, h, w)` for each level; the larger, the more real."""
-        return [head(scale * level) for head, scale, level in zip(self.heads, self.scales, features, strict=True)]
