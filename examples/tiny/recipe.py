@@ -11,7 +11,7 @@ goes on with the same command and gives the same weights as one that was not. On
 rounding; more find no work.
 
 The start step is the slider between fidelity and realism: the weights of the losses depend on it. At 100 squared error
-alone counts, at 250 the perceptual and the adversarial loss as much as the YAML file says.
+counts, from there to 250 more and more the perceptual and the adversarial loss.
 
 Needs `pip install ".[training]"`.
 """
@@ -59,6 +59,7 @@ STAGES = ("prior", "slider")
 WARMUP = 100  # iterations in which a learning rate rises
 EMA_DECAY = 0.999
 MAX_GRAD_NORM = 1.0
+LOSSES = ("mse", "lattice", "lpips", "adversarial")  # of the slider, each with a weight by start
 MAX_SHIFT = 4  # pixels by which the perceptual network sees results shifted, against the lattice of the latents
 
 
@@ -201,9 +202,6 @@ class PriorStage:
                 losses.append(self.loss(latents, torch.tensor([start - 1]), noise).item())
             values[f"val_loss/{start}"] = float(np.mean(losses))
         return values
-
-
-LOSSES = ("mse", "lattice", "lpips", "adversarial")  # each with a weight by start
 
 
 def spread(values: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
