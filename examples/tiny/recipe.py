@@ -7,8 +7,8 @@ Make the embedded model `TINY`: the diffusion model, then the noise predictor an
 
 `data/` has a folder of photographs for each group in the YAML file. `work/` gets the decoded pictures, a checkpoint
 and a log for each stage, and `pipeline/`, at each validation and at the end. A run that was stopped, at any moment,
-goes on with the same command and gives the same weights as one that was not. One process and two give the same but for
-rounding; more find no work.
+goes on with the same command and gives the same weights as one that was not. One process and two give the same; more
+find no work.
 
 The start step is the slider between fidelity and realism: the weights of the losses depend on it. At 100 squared error
 counts, from there to 250 more and more the perceptual and the adversarial loss.
