@@ -283,7 +283,9 @@ class SliderStage:
         lr = self.degradations[chunk.rng.choice(len(self.shares), p=self.shares)](hr, generator)
         starts = torch.tensor(stage["start_timesteps"])
         order = torch.randperm(len(starts), generator=generator).repeat(len(hr) // len(starts))
-        timesteps = starts[order] - 1  # each equally often
+        starts = starts[order]  # each equally often, ...
+        jitter = torch.randint(-stage["start_jitter"], stage["start_jitter"] + 1, starts.shape, generator=generator)
+        timesteps = starts + jitter - 1  # ... and those between them, which are to work too
         hr_latents = self.pipe.encode_image(hr, torch.zeros(1))
         noise = torch.randn(hr_latents.shape, generator=generator)
         weights = {name: weights_by_start(stage[f"{name}_weight"], timesteps) for name in LOSSES}
@@ -310,7 +312,7 @@ class SliderStage:
 
         values = {"reconstruction": reconstruction.item(), "discriminator": discriminator_loss.mean().item()}
         for name, by_image in losses.items():
-            values |= {f"{name}/{step + 1}": value for step, value in zip(timesteps.tolist(), by_image.tolist())}
+            values |= {f"{name}/{start}": value for start, value in zip(starts.tolist(), by_image.tolist())}
         return values
 
     @torch.no_grad()
