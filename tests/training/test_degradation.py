@@ -22,6 +22,7 @@ from diffusers_invsr.degradation.degradation import (  # noqa: E402
     Noise,
     add_noise,
     jpeg,
+    jpeg_again,
 )
 from diffusers_invsr.metrics import psnr  # noqa: E402
 
@@ -588,3 +589,52 @@ def test_refuses_other_arguments():
             Degradation().draw(batch_size)
     with pytest.raises(ValueError, match="`draw` must be for 2 images, got 3"):
         Degradation().apply(torch.zeros(2, 3, 64, 64), Degradation().draw(3))
+
+
+def degraded(hr: torch.Tensor, **settings) -> torch.Tensor:
+    return Degradation(DegradationSettings(**NOTHING | settings))(hr, seeded(0))
+
+
+def test_color_noise_leaves_the_luma(photos):
+    hr = torch.full_like(photos, 0.5)
+    lr = degraded(hr, color_noise_probability=1.0, color_noise_sigma=[12.0, 12.0], final_jpeg_quality=[100.0, 100.0])
+    difference = 255 * (lr - 0.5)
+    luma = difference.mul(torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(dim=1)
+    assert luma.std() < 1
+    assert (difference.std(dim=(2, 3)) > 2).all()  # less than 12: interpolation and JPEG average it
+
+
+def test_sharpening_leaves_halos():
+    hr = torch.full((1, 3, 128, 128), 0.3)
+    hr[..., 64:] = 0.7
+    plain, sharp = degraded(hr), degraded(hr, sharpening_probability=1.0, sharpening_scale=[1.0, 1.0])
+    assert sharp.max() > plain.max() + 0.03 and sharp.min() < plain.min() - 0.03
+    torch.testing.assert_close(sharp[..., :8], plain[..., :8], atol=0.01, rtol=0)  # far from the edge
+
+
+def test_recompression_costs_as_much_as_its_quality_says(photos):
+    once = degraded(photos)
+    errors = [
+        (degraded(photos, recompression_probability=1.0, recompression_quality=[quality] * 2) - once).abs().mean()
+        for quality in (30.0, 90.0)
+    ]
+    assert errors[0] > 2 * errors[1] > 0
+
+
+@pytest.mark.parametrize("shift", [(0, 0), (3, 5)])
+def test_recompression_has_blocks_at_other_places(shift):
+    # Of a flat image with one bright row only the blocks that hold it change
+    flat = torch.full((1, 3, 32, 32), 0.5)
+    flat[:, :, 12] = 1.0
+    changed = (jpeg_again(flat, torch.tensor([10.0]), shift) - flat).abs().amax(dim=(0, 1, 3)) > 0.02
+    blocks = (torch.arange(32) + shift[0]) // 16  # the colours' blocks have 16 pixels
+    assert set(blocks[changed].tolist()) == {(12 + shift[0]) // 16}
+
+
+def test_without_probability_the_new_steps_draw_nothing():
+    generator, other = seeded(0), seeded(0)
+    Degradation().draw(3, generator)
+    Degradation(DegradationSettings(sharpening_probability=0.5)).draw(3, other)
+    draw = Degradation().draw(3, seeded(0))
+    assert not (draw.color_noise.any() or draw.sharpening.any() or draw.recompression_quality.any())
+    assert not torch.equal(generator.get_state(), other.get_state())

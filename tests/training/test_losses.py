@@ -4,7 +4,13 @@ from diffusers import UNet2DConditionModel
 
 from diffusers_invsr import InvSRNoisePredictor, InvSRScheduler
 from diffusers_invsr.training.discriminator import InvSRDiscriminator
-from diffusers_invsr.training.losses import hinge_discriminator, hinge_generator, latent_l2, one_step_estimate
+from diffusers_invsr.training.losses import (
+    hinge_discriminator,
+    hinge_generator,
+    latent_l2,
+    one_step_estimate,
+    weights_by_start,
+)
 
 
 @pytest.fixture
@@ -115,3 +121,15 @@ def test_each_side_learns_from_its_own_loss(cases):
     real = discriminator(torch.randn_like(estimate), 199).logits
     hinge_discriminator(real, discriminator(estimate.detach(), 199).logits).mean().backward()
     assert learning(predictor) == [] and len(learning(discriminator)) > 10
+
+
+def test_weights_by_start_are_interpolated_and_end_with_the_outermost():
+    timesteps = torch.tensor([249, 224, 199, 99, 49, 299])  # steps 250, 225, 200, 100, 50, 300
+    weights = weights_by_start({250: 2.0, 100: 0.0, 200: 1.0}, timesteps)
+    torch.testing.assert_close(weights, torch.tensor([2.0, 1.5, 1.0, 0.0, 0.0, 2.0]))
+    assert weights_by_start(0.5, timesteps).tolist() == [0.5] * 6
+
+
+def test_weights_by_start_need_one():
+    with pytest.raises(ValueError, match="`weights` must have a weight"):
+        weights_by_start({}, torch.tensor([199]))

@@ -8,7 +8,7 @@ import torch
 from kornia.color import rgb_to_grayscale
 from kornia.filters import filter2d
 from torch import nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from ..checks import is_integer, is_real
 from .blur_kernels import GAUSSIAN_KINDS, BlurKernels, PerImage, chance, choice, draw_blur, draw_sinc, uniform
@@ -82,6 +82,14 @@ class DegradationSettings:
     final_jpeg_quality: list[float] = setting(
         [30.0, 95.0], "quality of the last compression, which comes before or after that filter"
     )
+
+    # What cameras and the web add to that, beyond the paper and by default not at all
+    color_noise_probability: float = setting(0.0, "of coarse noise in the colours alone, after the sinc filter")
+    color_noise_sigma: list[float] = setting([1.0, 15.0], "standard deviation of that noise in levels of 255")
+    sharpening_probability: float = setting(0.0, "of sharpening that leaves halos, after that noise")
+    sharpening_scale: list[float] = setting([0.0, 1.5], "strength of that sharpening")
+    recompression_probability: float = setting(0.0, "of a second last compression, its blocks at other places")
+    recompression_quality: list[float] = setting([30.0, 95.0], "quality of that compression")
 
     def __post_init__(self):
         for name in (f.name for f in fields(self)):
@@ -187,6 +195,10 @@ class DegradationDraw:
         second_order (`torch.Tensor`): Whether the second order is applied.
         final_resize_mode (`str`): Interpolation mode of the resize to the LR size, as in [`Resize`].
         final_jpeg_first (`torch.Tensor`): Whether the last compression comes before that resize and the sinc filter.
+        color_noise (`torch.Tensor`): Standard deviations of the noise in the colours in levels of 255; 0 for none.
+        sharpening (`torch.Tensor`): Strengths of the sharpening; 0 for none.
+        recompression_quality (`torch.Tensor`): Qualities of the second last compression; 0 for none.
+        recompression_shift (`tuple[int, int]`): Rows and columns by which its blocks are shifted, up to 7.
     """
 
     blur: BlurKernels
@@ -201,6 +213,10 @@ class DegradationDraw:
     final_sinc: BlurKernels
     final_jpeg_quality: torch.Tensor
     final_jpeg_first: torch.Tensor
+    color_noise: torch.Tensor
+    sharpening: torch.Tensor
+    recompression_quality: torch.Tensor
+    recompression_shift: tuple[int, int]
 
     def __len__(self) -> int:
         return len(self.second_order)
@@ -225,6 +241,10 @@ class DegradationDraw:
             "final_sinc": self.final_sinc.to_dict(index),
             "final_jpeg_quality": self.final_jpeg_quality[index].item(),
             "final_jpeg_first": self.final_jpeg_first[index].item(),
+        } | {
+            name: getattr(self, name)[index].item()
+            for name in ("color_noise", "sharpening", "recompression_quality")
+            if getattr(self, name)[index]
         }
 
 
@@ -313,6 +333,10 @@ class Degradation(nn.Module):
             final_sinc=draw_sinc(s.final_sinc_probability, s.blur_kernel_size, n, g),
             final_jpeg_quality=uniform(n, *s.final_jpeg_quality, g),
             final_jpeg_first=chance(n, 0.5, g),
+            color_noise=_draw_if(s.color_noise_probability, s.color_noise_sigma, n, g),
+            sharpening=_draw_if(s.sharpening_probability, s.sharpening_scale, n, g),
+            recompression_quality=_draw_if(s.recompression_probability, s.recompression_quality, n, g),
+            recompression_shift=_draw_shift(s.recompression_probability, g),
         )
 
     @torch.no_grad()
@@ -343,7 +367,8 @@ class Degradation(nn.Module):
         if len(draw) != len(hr):
             raise ValueError(f"`draw` must be for {len(hr)} images, got {len(draw)}.")
         s, device = self.settings, hr.device
-        first, second = _fork(generator, 2)
+        # A third one only where it is needed, so that these settings change nothing where they are not used
+        first, second, *third = _fork(generator, 3 if draw.color_noise.any() else 2)
         hr_size = hr.shape[-2:]
         lr_size = tuple(side // self.scale for side in hr_size)
 
@@ -369,7 +394,11 @@ class Degradation(nn.Module):
                 part = jpeg(part, quality, jpeg_first)
                 part = resize(part, lr_size, 1.0, draw.final_resize_mode)
                 part = filter2d(part, draw.final_sinc[index].render(s.blur_kernel_size).to(device))
-                lr[place] = jpeg(part, quality, ~jpeg_first)
+                if draw.color_noise.any():
+                    part = add_color_noise(part, draw.color_noise[index], third[0])
+                part = sharpen(part, draw.sharpening[index])
+                part = jpeg(part, quality, ~jpeg_first)
+                lr[place] = jpeg_again(part, draw.recompression_quality[index], draw.recompression_shift)
             return (255 * lr).round().clamp(0, 255) / 255
 
     def forward(self, hr: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -449,6 +478,32 @@ def poisson_noise(images: torch.Tensor, grey: torch.Tensor, generator: torch.Gen
     return torch.poisson(rates, generator=generator).to(images.device) / photons - images
 
 
+def add_color_noise(images: torch.Tensor, sigma: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """Add noise without luma, two pixels coarse, of a standard deviation for each image in levels of 255; clamped."""
+    height, width = images.shape[-2:]
+    noise = gaussian_noise(images[..., : (height + 1) // 2, : (width + 1) // 2], sigma, generator)
+    noise = interpolate(noise - rgb_to_grayscale(noise), scale_factor=2, mode="bilinear")[..., :height, :width]
+    return (images + sigma[:, None, None, None].to(images) * noise).clamp(0, 1)
+
+
+def sharpen(images: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """Add a strength for each image times what a binomial blur of 5 pixels takes away; clamped."""
+    if not strength.any():
+        return images
+    taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
+    details = images - filter2d(images, (taps[:, None] * taps)[None].to(images))
+    return (images + strength[:, None, None, None].to(images) * details).clamp(0, 1)
+
+
+def jpeg_again(images: torch.Tensor, quality: torch.Tensor, shift: tuple[int, int]) -> torch.Tensor:
+    """Compress the images whose quality is not 0, with blocks that begin `shift` rows and columns before the first."""
+    if not quality.any():
+        return images
+    rows, columns = shift
+    shifted = pad(images, (columns, 0, rows, 0), mode="replicate")
+    return jpeg(shifted, quality, quality > 0)[..., rows:, columns:]
+
+
 def jpeg(images: torch.Tensor, quality: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Compress images, or only those in `mask`, with a quality in [1, 100] per image; they are clamped to [0, 1]."""
     index = torch.arange(len(images)) if mask is None else mask.nonzero().flatten()
@@ -467,6 +522,20 @@ def _fork(generator: torch.Generator | None, count: int) -> list[torch.Generator
         return [None] * count
     seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device).tolist()
     return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+
+
+def _draw_if(probability: float, bounds: list[float], n: int, generator: torch.Generator | None) -> torch.Tensor:
+    """`n` numbers between two with a probability, else 0. Without a probability nothing is drawn."""
+    if probability == 0:
+        return torch.zeros(n, dtype=torch.float64)
+    return torch.where(chance(n, probability, generator), uniform(n, *bounds, generator), 0)
+
+
+def _draw_shift(probability: float, generator: torch.Generator | None) -> tuple[int, int]:
+    if probability == 0:
+        return 0, 0
+    rows, columns = (8 * uniform(2, 0, 1, generator)).long().clamp(max=7).tolist()
+    return rows, columns
 
 
 def _draw_mode(generator: torch.Generator | None) -> str:

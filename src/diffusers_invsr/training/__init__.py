@@ -11,10 +11,20 @@ from .growth import deepen
 from .latent_cache import LatentCache, vae_fingerprint
 from .latent_lpips import LatentLPIPS, load_latent_lpips
 from .latents import draw_latents, encode_posterior
+from .lattice import lattice_energy, lattice_loss, lattice_prominence
 from .logs import RunLog, StepwiseMeter, read_log, validation_table
 from .loop import StopRequest, clipped_step
-from .losses import DISCRIMINATOR_RANGE, hinge_discriminator, hinge_generator, latent_l2, one_step_estimate
+from .losses import (
+    DISCRIMINATOR_RANGE,
+    hinge_discriminator,
+    hinge_generator,
+    latent_l2,
+    one_step_estimate,
+    weights_by_start,
+)
 from .pair_pool import PairPool
+from .perceptual import ShiftTolerantLPIPS
+from .pixel_discriminator import PixelDiscriminator
 from .settings import (
     check_unchanged,
     parse_settings,
@@ -41,7 +51,9 @@ __all__ = [
     "LatentCache",
     "LatentLPIPS",
     "PairPool",
+    "PixelDiscriminator",
     "RunLog",
+    "ShiftTolerantLPIPS",
     "SkipReport",
     "StepwiseMeter",
     "StopRequest",
@@ -60,6 +72,9 @@ __all__ = [
     "hinge_discriminator",
     "hinge_generator",
     "latent_l2",
+    "lattice_energy",
+    "lattice_loss",
+    "lattice_prominence",
     "list_files",
     "load_latent_lpips",
     "make_dataset",
@@ -76,4 +91,5 @@ __all__ = [
     "vae_fingerprint",
     "validation_table",
     "whole_parameters",
+    "weights_by_start",
 ]

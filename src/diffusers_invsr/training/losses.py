@@ -7,6 +7,9 @@ Losses are returned per image, so that logs can be split by starting timestep; t
 LPIPS is [`LatentLPIPS`].
 """
 
+from collections.abc import Mapping
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -63,6 +66,32 @@ def one_step_estimate(
         prompt_embeds = prompt_embeds.expand(len(lr), -1, -1)
     epsilon = unet(latents.to(dtype_of(unet)), timesteps, encoder_hidden_states=prompt_embeds).sample.float()
     return (latents - (1 - alphas).sqrt() * epsilon) / alphas.sqrt()
+
+
+def weights_by_start(weights: float | Mapping[int, float], timesteps: torch.Tensor) -> torch.Tensor:
+    r"""
+    The weight of a loss for each image, by its starting step: so that early starts may be trained for detail and late
+    ones for fidelity, which goes beyond the paper.
+
+    Args:
+        weights (`float` or `Mapping[int, float]`):
+            A weight by starting step, counted from 1: `{250: 2.0, 200: 1.0, 100: 0.0}`. Between two of them it is
+            interpolated; beyond them it is that of the nearest. A number counts for all.
+        timesteps (`torch.Tensor`): Starting steps as schedule indices (199 for step 200), `(B,)`.
+
+    Returns:
+        `torch.Tensor`: Weights `(B,)` in float32, on the device of `timesteps`.
+
+    Raises:
+        ValueError: If `weights` is empty.
+    """
+    if not isinstance(weights, Mapping):
+        return torch.full(timesteps.shape, float(weights), device=timesteps.device)
+    if not weights:
+        raise ValueError("`weights` must have a weight for at least one starting step.")
+    starts = sorted(weights)
+    values = np.interp(timesteps.cpu().numpy() + 1, starts, [weights[start] for start in starts])
+    return torch.from_numpy(values).float().to(timesteps.device)
 
 
 def latent_l2(estimate: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
