@@ -73,7 +73,7 @@ class Chunk:
 
 
 def draw_chunks(crops: Crops, settings: dict, stage: str, iteration: int) -> Iterator[Chunk]:
-    """The parts of a batch that this process computes. They hang on their numbers alone: resuming needs no state."""
+    """The parts of a batch that this process computes. They depend on their numbers alone: resuming needs no state."""
     for number in range(rank(), settings[stage]["chunks"], world_size()):
         sequence = np.random.SeedSequence((settings["seed"], STAGES.index(stage), iteration, number))
         rng, generator = np.random.default_rng(sequence), torch.Generator()
@@ -341,7 +341,7 @@ class SliderStage:
 
 
 def course_of(settings: dict, stage: str) -> dict:
-    """All that the weights of a stage hang on."""
+    """All that the weights of a stage depend on."""
     course = {key: settings[key] for key in ("model", "seed", "data")} | settings[stage]
     return {key: value for key, value in course.items() if key not in ("validate_every", "checkpoint_every")}
 
@@ -403,7 +403,7 @@ def save_pipeline(pipe: InvSRPipeline, folder: Path):
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("settings", type=Path, help="YAML file with all that the weights hang on.")
+    parser.add_argument("settings", type=Path, help="YAML file with all that the weights depend on.")
     parser.add_argument("--data", type=Path, required=True, help="Folder with a folder of photographs for each group.")
     parser.add_argument("--work", type=Path, required=True, help="Folder of all that the run writes.")
     args = parser.parse_args(argv)

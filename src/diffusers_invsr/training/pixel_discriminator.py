@@ -37,7 +37,7 @@ class PixelDiscriminator(nn.Module):
     Args:
         period (`int`, defaults to 4): Pixels of the image to a pixel of the latents.
         width (`int`, defaults to 64): Channels of its layers.
-        num_layers (`int`, defaults to 4): Convolutions; each adds a patch on every side to what a logit hangs on.
+        num_layers (`int`, defaults to 4): Convolutions; each adds a patch on every side to what a logit depends on.
     """
 
     def __init__(self, period: int = 4, width: int = 64, num_layers: int = 4):
