@@ -32,7 +32,7 @@ def group_norm(
     pixels = input.permute(0, 2, 3, 1).flatten(1, 2)  # (batch, height * width, channels), a view
     block = max(VALUES_AT_ONCE // (batch * channels), 1)
     near_mean = pixels[:, :block].float().mean(dim=1, keepdim=True)
-    total = torch.zeros(batch, channels, dtype=torch.float64)
+    total = near_mean.new_zeros(batch, channels, dtype=torch.float64)
     squares = torch.zeros_like(total)
     for part in pixels.split(block, dim=1):
         difference = part - near_mean
